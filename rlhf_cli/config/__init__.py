@@ -1,0 +1,1 @@
+"""The schema behind every YAML, and its validation."""

@@ -1,0 +1,1 @@
+"""Metrics, statistics, and the evaluation of policies and reward models."""

@@ -1,0 +1,144 @@
+"""The containers that flow through the pipeline.
+
+text rows -> Preference / Example -> Sequences -> Rollout -> Scores -> advantages -> LossOutput -> step
+
+Letters in shape comments: N sequences, L padded length of prompt and completion together, T padded length of
+the completion, P prompts. One mask convention: bool, True = the token counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat."""
+
+    role: str  # "system" | "user" | "assistant"
+    content: str
+
+
+# What a completion continues: plain text, or the turns of a chat that wait for the assistant's next one.
+Prompt = str | tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with one completion: what supervised fine-tuning learns from."""
+
+    prompt: Prompt
+    completion: str
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A prompt with a preferred and a dispreferred completion."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    margin: float = 0.0  # how much better chosen is, in the data's own unit; 0 where the data does not say
+    swapped: bool = False  # True where label noise exchanged the two completions
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Tokenised prompt + completion rows: the only layout that a training forward pass sees."""
+
+    ids: Tensor  # int64 [N, L]
+    attention_mask: Tensor  # bool [N, L], True = real token
+    completion_mask: Tensor  # bool [N, L], True = completion token, up to and including the first EOS
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def __getitem__(self, rows: Tensor | slice) -> Sequences:
+        return Sequences(self.ids[rows], self.attention_mask[rows], self.completion_mask[rows])
+
+    def to(self, device: torch.device) -> Sequences:
+        """The same rows on another device."""
+        return Sequences(
+            self.ids.to(device), self.attention_mask.to(device), self.completion_mask.to(device)
+        )
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """Tokenised pairs; row i of `chosen` and row i of `rejected` share a prompt."""
+
+    chosen: Sequences  # N rows
+    rejected: Sequences  # N rows
+    margin: Tensor  # float32 [N]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """The prompts of one rollout, with the indices that the sampling noise is a function of."""
+
+    prompts: tuple[Prompt, ...]  # P prompts
+    ids: tuple[tuple[int, ...], ...]  # P token lists, no padding
+    index: tuple[int, ...]  # P row numbers in the data's prompt list
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions sampled from a policy, prompt-major: rows i*k .. i*k+k-1 continue the same prompt."""
+
+    sequences: Sequences  # N = P * k rows, right-padded
+    prompts: tuple[Prompt, ...]  # N
+    completions: tuple[str, ...]  # N texts, without EOS
+    completion_ids: tuple[tuple[int, ...], ...]  # N token lists, the EOS included where there is one
+    prompt_index: Tensor  # int64 [N]
+    sample_index: Tensor  # int64 [N], 0..k-1
+    truncated: Tensor  # bool [N], True = the length limit came before an EOS
+    sampled_logprob: Tensor  # float32 [N], sum over the completion, as captured while sampling
+    samples_per_prompt: int  # k
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of a rollout."""
+
+    reward: Tensor  # float32 [N], standardised: what the policy is trained on
+    raw: Tensor  # float32 [N], the reward model's own scale
+
+
+@dataclass(frozen=True)
+class PolicyBatch:
+    """What a policy-gradient loss needs for one optimizer step (or a micro-batch of it)."""
+
+    sequences: Sequences  # N rows
+    old_logprob: Tensor  # float32 [N], log-prob of the completion under the policy that sampled it
+    ref_logprob: Tensor  # float32 [N], the same under the reference policy
+    advantage: Tensor  # float32 [N], detached
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, rows: Tensor | slice) -> PolicyBatch:
+        return PolicyBatch(
+            self.sequences[rows], self.old_logprob[rows], self.ref_logprob[rows], self.advantage[rows]
+        )
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A loss that is already divided by the step's normaliser, so that micro-batches add up.
+
+    `metrics` holds detached scalars that add up in the same way; `maxima` those that combine by maximum.
+    """
+
+    loss: Tensor  # scalar
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    maxima: Mapping[str, Tensor] = field(default_factory=dict)
