@@ -78,6 +78,10 @@ class PreferenceBatch:
     def __len__(self) -> int:
         return len(self.chosen)
 
+    def to(self, device: torch.device) -> PreferenceBatch:
+        """The same pairs on another device."""
+        return PreferenceBatch(self.chosen.to(device), self.rejected.to(device), self.margin.to(device))
+
 
 @dataclass(frozen=True)
 class PromptBatch:

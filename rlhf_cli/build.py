@@ -1,0 +1,202 @@
+"""Config dataclasses to objects. Explicit matches: config never names a Python object to import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_cli.algos.base import OnlineAlgorithm
+from rlhf_cli.algos.reinforce import Reinforce
+from rlhf_cli.algos.rloo import Rloo
+from rlhf_cli.config.schema import (
+    AlgoConfig,
+    LoggerConfig,
+    ReinforceConfig,
+    RlooConfig,
+    RmConfig,
+    RmInit,
+    RunConfig,
+    WandbConfig,
+)
+from rlhf_cli.data import reviews
+from rlhf_cli.data.dataset import Dataset
+from rlhf_cli.data.jsonl import load_jsonl
+from rlhf_cli.data.settings import DataSettings, JsonlSettings, ReviewsSettings
+from rlhf_cli.data.tokenise import plain_chat
+from rlhf_cli.errors import bad_value
+from rlhf_cli.models.loading import (
+    build_tiny,
+    classifier_from_lm,
+    load_backbone_as_classifier,
+    load_causal_lm,
+    max_positions,
+    resolve_path,
+)
+from rlhf_cli.models.settings import ModelSettings
+from rlhf_cli.models.tokenizer import train_tokenizer
+from rlhf_cli.rewards.model import RewardFormat, RewardModel
+from rlhf_cli.train.precision import Precision, resolve_device, resolve_precision
+from rlhf_cli.train.seeding import derive_seed
+from rlhf_cli.train.tracking import NullTracker, TensorBoardTracker, Tracker, WandbTracker
+from rlhf_cli.types import Prompt
+
+# The validation prompts are taken from the training prompts; this many stay.
+_MIN_TRAINING_PROMPTS = 8
+
+
+def precision(config: RunConfig) -> Precision:
+    """Device and numerics. Raises RequestError where the machine has no such device."""
+    return resolve_precision(config.precision.name.value, resolve_device(config.device.value))
+
+
+def dataset(settings: DataSettings, num_validation_prompts: int) -> Dataset:
+    """The rows of a source.
+
+    Args:
+        settings: which source, and its settings.
+        num_validation_prompts: prompts that steer policy training, taken from the training side.
+    """
+    match settings:
+        case ReviewsSettings():
+            return _reviews(settings, num_validation_prompts)
+        case JsonlSettings():
+            return load_jsonl(settings)
+        case _:
+            raise AssertionError(f"no source for {type(settings).__name__}")
+
+
+def _reviews(settings: ReviewsSettings, num_validation_prompts: int) -> Dataset:
+    spec = settings.spec()
+    train_prompts = reviews.prompts(spec, "train")
+    held_out = min(num_validation_prompts, len(train_prompts) - _MIN_TRAINING_PROMPTS)
+    if held_out < 1:
+        raise bad_value("data.num_prompts", settings.num_prompts, f"at least {_MIN_TRAINING_PROMPTS + 1}")
+    return Dataset(
+        name=settings.name,
+        sft=reviews.sft_examples(spec, "train"),
+        sft_validation=reviews.sft_examples(spec, "validation"),
+        pairs=reviews.preference_pairs(spec, "train"),
+        pairs_validation=reviews.preference_pairs(spec, "validation"),
+        pairs_test={split: reviews.preference_pairs(spec, split) for split in ("test", "ood")},
+        prompts=train_prompts[:-held_out],
+        prompts_validation=train_prompts[-held_out:],
+        prompts_test={split: reviews.prompts(spec, split) for split in ("test", "ood")},
+        max_prompt_tokens=settings.max_prompt_tokens,
+        max_completion_tokens=settings.max_completion_tokens,
+        gold=_gold_reward,
+    )
+
+
+def _gold_reward(prompt: Prompt, completion: str) -> float:
+    return reviews.gold_reward(prompt if isinstance(prompt, str) else plain_chat(prompt), completion)
+
+
+def backbone(
+    key: str, settings: ModelSettings, seed: int, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The language model that supervised fine-tuning starts from: loaded, or built from its sizes."""
+    if settings.path is not None:
+        return load_causal_lm(f"{key}.path", resolve_path(f"{key}.path", settings.path), device)
+    # The corpus' default rows, whatever data is used: one tokenizer for all runs of one vocabulary size
+    corpus = reviews.sft_examples(reviews.ReviewsSpec(), "train")
+    texts = (f"{example.prompt}{example.completion}" for example in corpus)
+    tokenizer = train_tokenizer(texts, settings.vocab_size)
+    return build_tiny(settings, tokenizer, derive_seed(seed, "weights")).to(device), tokenizer
+
+
+def starts_from_sft(config: RunConfig) -> bool:
+    """Whether the reward model starts from the SFT model's weights; its own backbone otherwise."""
+    if config.rm.init is not RmInit.auto:
+        return config.rm.init is RmInit.sft
+    return config.rm.model == config.model
+
+
+def new_reward_model(config: RunConfig, sft_path: str, device: torch.device) -> RewardModel:
+    """A reward model before training: a backbone under a fresh scalar head."""
+    rm: RmConfig = config.rm
+    head_seed = derive_seed(rm.seed, "head")
+    if starts_from_sft(config):
+        model, tokenizer = load_backbone_as_classifier("sft.path", sft_path, device, head_seed)
+    elif rm.model.path is not None:
+        path = resolve_path("rm.model.path", rm.model.path)
+        model, tokenizer = load_backbone_as_classifier("rm.model.path", path, device, head_seed)
+    else:
+        language_model, tokenizer = backbone("rm.model", rm.model, rm.seed, device)
+        model = classifier_from_lm(language_model, head_seed)
+    return RewardModel(
+        model,
+        tokenizer,
+        RewardFormat(
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            max_completion_tokens=config.data.max_completion_tokens,
+            append_eos=rm.append_eos,
+        ),
+    )
+
+
+def algorithm(config: AlgoConfig) -> OnlineAlgorithm:
+    """The algorithm that `algo=` names."""
+    shared = {
+        "samples_per_prompt": config.k,
+        "beta": config.beta,
+        "on_policy": config.num_minibatches * config.num_epochs == 1,
+        "clip": config.clip,
+    }
+    match config:
+        case ReinforceConfig():
+            return Reinforce(
+                **shared,
+                baseline=config.baseline.value,
+                alpha=config.alpha,
+                bias_correction=config.bias_correction,
+                baseline_update=config.baseline_update.value,
+            )
+        case RlooConfig():
+            return Rloo(**shared)
+        case _:
+            raise AssertionError(f"no algorithm for {type(config).__name__}")
+
+
+def tracker(
+    config: LoggerConfig, run_dir: Path, run_id: str, name: str, group: str | None, flat: Mapping[str, object]
+) -> Tracker:
+    """The tracker that `logger=` names.
+
+    Args:
+        config: group `logger`.
+        run_dir: where local files go.
+        run_id: the same over resumes.
+        name: shown for the run.
+        group: what the jobs of a sweep share, where the config sets none.
+        flat: the run's config, for display.
+    """
+    match config:
+        case WandbConfig():
+            return WandbTracker(
+                run_dir,
+                run_id=run_id,
+                config=flat,
+                mode=None if config.mode is None else config.mode.value,
+                project=config.project,
+                entity=config.entity,
+                group=config.group or group,
+                name=name,
+                tags=config.tags,
+            )
+        case LoggerConfig(name="tensorboard"):
+            return TensorBoardTracker(run_dir, config=flat)
+        case _:
+            return NullTracker()
+
+
+def check_context(config: RunConfig, key: str, model: PreTrainedModel) -> None:
+    """Prompt and completion fit the model's positions. Raises RequestError where they do not."""
+    limit = max_positions(model)
+    needed = config.data.max_prompt_tokens + config.data.max_completion_tokens
+    if limit is not None and needed > limit:
+        raise bad_value(
+            "data.max_prompt_tokens + data.max_completion_tokens", needed, f"at most the {limit} positions of {key}"
+        )

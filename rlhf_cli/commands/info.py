@@ -1,0 +1,84 @@
+"""info: this installation, or a run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rlhf_cli.commands.help import conf_path, group_choices
+from rlhf_cli.commands.show import display_path
+from rlhf_cli.train.provenance import versions
+
+_GROUPS = ("algo", "rm", "data", "model", "precision", "logger", "experiment")
+
+
+def info(path: Path | None) -> int:
+    """Prints; returns the exit status."""
+    console = Console(highlight=False)
+    if path is None:
+        _installation(console)
+        return 0
+    if not (path / "run.json").is_file():
+        print(f"rlhf: info {path}: holds no run (no run.json)", file=sys.stderr)
+        return 2
+    _run(console, path)
+    return 0
+
+
+def _installation(console: Console) -> None:
+    import torch
+
+    table = _table()
+    for name, version in versions().items():
+        table.add_row(name, version or "not installed")
+    table.add_row("devices", ", ".join(_devices()))
+    table.add_row("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores")
+    table.add_row("config", str(conf_path()))
+    for group in _GROUPS:
+        table.add_row(f"{group}=", ", ".join(group_choices(group)))
+    cached = sorted(Path("outputs/cache").glob("*/stage.json"))
+    table.add_row("cached stages", ", ".join(file.parent.name for file in cached) or "none in outputs/cache")
+    console.print(table)
+
+
+def _devices() -> list[str]:
+    import torch
+
+    found = ["cpu"]
+    if torch.cuda.is_available():
+        found += [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found
+
+
+def _run(console: Console, path: Path) -> None:
+    record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    table = _table()
+    for key in ("status", "error", "command", "start", "end", "seed", "device", "threads", "git_commit"):
+        if record.get(key) is not None:
+            table.add_row(key, str(record[key]))
+    table.add_row("argv", " ".join(record["argv"]))
+    for stage, artifact in record["upstream"].items():
+        table.add_row(stage, f"{artifact['path']} ({artifact['digest'][:12]})")
+    console.print(table)
+    summary = path / "summary.json"
+    if summary.is_file():
+        figures = _table()
+        for key, value in json.loads(summary.read_text(encoding="utf-8")).items():
+            figures.add_row(key, "-" if value is None else f"{value:.4g}")
+        console.print(figures)
+    for file in sorted(path.rglob("*.png")):
+        console.print(str(display_path(file)), markup=False, soft_wrap=True)
+
+
+def _table() -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    return table

@@ -1,0 +1,199 @@
+"""sweep: multirun of a command, then sweep.csv, summary.csv, a table and a plot of reward against KL."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from rlhf_cli.commands.launch import FAILED, OK, WRONG_REQUEST, launch_into
+from rlhf_cli.commands.show import display_path
+from rlhf_cli.errors import bad_choice
+from rlhf_cli.evaluation.statistics import Estimate, mean_interval_over_seeds
+from rlhf_cli.report.plots import SweepGroup, sweep_reward_vs_kl
+from rlhf_cli.report.tables import sweep_table, write_csv
+
+COMMANDS = ("train-sft", "train-rm", "train-policy", "eval")
+
+# Shown in the table, where a job's summary has them; sweep.csv has every figure.
+_SHOWN = ("reward/mean", "gold/mean", "kl/full", "length/mean", "rm/accuracy", "loss", "perplexity")
+
+
+@dataclass(frozen=True)
+class JobRow:
+    """One job of a sweep."""
+
+    number: int
+    overrides: Mapping[str, str]
+    seed: int | None
+    status: str
+    error: str | None
+    summary: Mapping[str, float | None]
+
+
+def sweep(arguments: Sequence[str]) -> int:
+    """Runs the sweep and collects it; returns the exit status."""
+    if not arguments or arguments[0] not in COMMANDS:
+        given = arguments[0] if arguments else ""
+        print(f"rlhf: {bad_choice('sweep COMMAND', given, COMMANDS)}", file=sys.stderr)
+        return WRONG_REQUEST
+    status, folder = launch_into(arguments[0], arguments[1:], multirun=True)
+    if folder is None or not folder.is_dir():
+        return status
+    return max(status, collect(folder))
+
+
+def collect(folder: Path) -> int:
+    """Writes the tables and the plot of a sweep's folder, prints them; FAILED where a job did not finish."""
+    jobs = read_jobs(folder)
+    if not jobs:
+        return OK
+    keys = swept_keys(jobs)
+    metrics = list(dict.fromkeys(name for job in jobs for name in job.summary))
+    rows = [_row(job, keys, metrics) for job in jobs]
+    write_csv(folder / "sweep.csv", rows, ["job", *keys, "seed", "status", *metrics, "error"])
+    groups = grouped(jobs, keys, metrics)
+    write_csv(folder / "summary.csv", groups)
+    shown = [metric for metric in _SHOWN if metric in metrics]
+    labels = [key for key in keys if key != "seed"]
+    console = Console(highlight=False)
+    console.print(
+        sweep_table(
+            [{name: row.get(name) for name in ("job", *keys, "status", *shown)} for row in rows],
+            ["job", *keys, "status"],
+            title="Jobs",
+        )
+    )
+    if any(int(str(group["seeds"])) > 1 for group in groups):
+        console.print(
+            sweep_table(
+                [{name: group.get(name) for name in (*labels, "seeds", *shown)} for group in groups],
+                [*labels, "seeds"],
+                title="Mean over seeds",
+            )
+        )
+    paths = [folder / "sweep.csv", folder / "summary.csv"]
+    if plot := _plot(folder, jobs, labels, groups):
+        paths.append(plot)
+    for path in paths:
+        console.print(str(display_path(path)), markup=False, soft_wrap=True)
+    failed = [job for job in jobs if job.status != "finished"]
+    for job in failed:
+        console.print(f"job {job.number} {job.status}: {job.error or 'no reason recorded'}", markup=False, soft_wrap=True)
+    return FAILED if failed else OK
+
+
+def read_jobs(folder: Path) -> list[JobRow]:
+    """The jobs 0..n-1 of a sweep's folder, by number."""
+    numbers = sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
+    return [_read_job(folder / str(number), number) for number in numbers]
+
+
+def swept_keys(jobs: Sequence[JobRow]) -> list[str]:
+    """The override keys whose value differs between jobs, in the order they were given."""
+    keys = dict.fromkeys(key for job in jobs for key in job.overrides)
+    return [key for key in keys if len({job.overrides.get(key) for job in jobs}) > 1]
+
+
+def grouped(jobs: Sequence[JobRow], keys: Sequence[str], metrics: Sequence[str]) -> list[dict[str, object]]:
+    """A row per combination of the swept keys other than seed: number of seeds, mean and interval of each metric."""
+    rows: list[dict[str, object]] = []
+    for labels, members in _groups(jobs, keys).items():
+        row: dict[str, object] = dict(labels)
+        row["seeds"] = len(members)
+        for metric in metrics:
+            estimate = over_seeds(members, metric)
+            row[metric] = estimate
+        rows.append(row)
+    return rows
+
+
+def over_seeds(jobs: Sequence[JobRow], metric: str) -> Estimate | None:
+    """Mean over the finished jobs that have the metric, with a 95% interval from two on."""
+    values = [value for job in jobs if (value := job.summary.get(metric)) is not None]
+    return mean_interval_over_seeds(values) if values else None
+
+
+def _groups(jobs: Sequence[JobRow], keys: Sequence[str]) -> dict[tuple[tuple[str, str], ...], list[JobRow]]:
+    labels = [key for key in keys if key != "seed"]
+    groups: dict[tuple[tuple[str, str], ...], list[JobRow]] = {}
+    for job in jobs:
+        if job.status == "finished":
+            place = tuple((key, job.overrides.get(key, "")) for key in labels)
+            groups.setdefault(place, []).append(job)
+    return groups
+
+
+def _plot(
+    folder: Path, jobs: Sequence[JobRow], labels: Sequence[str], groups: Sequence[Mapping[str, object]]
+) -> Path | None:
+    """Reward against KL, a point per group; None where the command measures neither."""
+    points = []
+    members = _groups(jobs, labels)
+    for group, inside in zip(groups, members.values(), strict=True):
+        kl, reward, gold = group.get("kl/full"), group.get("reward/mean"), group.get("gold/mean")
+        if not isinstance(kl, Estimate) or not isinstance(reward, Estimate):
+            continue
+        points.append(
+            SweepGroup(
+                label=", ".join(f"{key.rpartition('.')[2]}={group[key]}" for key in labels) or "all",
+                kl=kl,
+                reward=reward,
+                gold=gold if isinstance(gold, Estimate) else None,
+                seed_kl=_values(inside, "kl/full"),
+                seed_reward=_values(inside, "reward/mean"),
+                seed_gold=_values(inside, "gold/mean") if isinstance(gold, Estimate) else (),
+            )
+        )
+    if not points:
+        return None
+    path = folder / "plots" / "reward_kl.png"
+    sweep_reward_vs_kl(path, points)
+    return path
+
+
+def _values(jobs: Sequence[JobRow], metric: str) -> list[float]:
+    return [float(job.summary[metric] or 0.0) for job in jobs]
+
+
+def _row(job: JobRow, keys: Sequence[str], metrics: Sequence[str]) -> dict[str, object]:
+    return {
+        "job": job.number,
+        **{key: job.overrides.get(key) for key in keys},
+        "seed": job.seed,
+        "status": job.status,
+        **{metric: job.summary.get(metric) for metric in metrics},
+        "error": job.error,
+    }
+
+
+def _read_job(folder: Path, number: int) -> JobRow:
+    config = folder / ".hydra" / "config.yaml"
+    seed = OmegaConf.load(config).get("seed") if config.is_file() else None
+    record = _json(folder / "run.json")
+    return JobRow(
+        number=number,
+        overrides=_overrides(folder / ".hydra" / "overrides.yaml"),
+        seed=seed,
+        status=str(record.get("status", "missing")),
+        error=record.get("error"),
+        summary=_json(folder / "summary.json"),
+    )
+
+
+def _overrides(file: Path) -> dict[str, str]:
+    if not file.is_file():
+        return {}
+    pairs = [str(line).lstrip("+").partition("=") for line in OmegaConf.to_container(OmegaConf.load(file)) or []]
+    return {key: value for key, _, value in pairs}
+
+
+def _json(file: Path) -> dict[str, object]:
+    if not file.is_file():
+        return {}
+    return json.loads(file.read_text(encoding="utf-8"))

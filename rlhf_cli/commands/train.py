@@ -1,0 +1,48 @@
+"""train-sft, train-rm and train-policy."""
+
+from __future__ import annotations
+
+import sys
+
+from rlhf_cli import build
+from rlhf_cli.commands.job import Context
+from rlhf_cli.commands.show import show_run
+from rlhf_cli.config.schema import RunConfig
+from rlhf_cli.runs import Job, train_policy, train_rm, train_sft
+from rlhf_cli.stages import resolve_rm, resolve_sft
+from rlhf_cli.train.seeding import deterministic, set_threads
+
+
+def make_job(config: RunConfig, context: Context) -> Job:
+    """Rows, device and threads; everything that can be wrong with them is found before a stage starts."""
+    deterministic()
+    return Job(
+        config=config,
+        precision=build.precision(config),
+        data=build.dataset(config.data, config.algo.eval_prompts),
+        threads=set_threads(config.threads),
+        folder=context.folder,
+        command=config.command,
+        argv=context.argv,
+        group=context.sweep,
+        flat=context.flat,
+    )
+
+
+def run_train(config: RunConfig, context: Context) -> None:
+    """Builds what the command needs, trains, and says where everything is."""
+    job = make_job(config, context)
+    match config.command:
+        case "train-sft":
+            train_sft(job, config.seed)
+        case "train-rm":
+            train_rm(job, config.seed, resolve_sft(job, say))
+        case "train-policy":
+            sft = resolve_sft(job, say)
+            train_policy(job, config.seed, sft, resolve_rm(job, lambda: sft, say))
+    show_run(context.folder)
+
+
+def say(text: str) -> None:
+    """A line for the person watching; results alone go to stdout."""
+    print(text, file=sys.stderr, flush=True)

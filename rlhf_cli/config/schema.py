@@ -1,0 +1,321 @@
+"""The dataclasses behind every YAML: types, defaults and checks. Imports no torch.
+
+Fields are mutable and enums matched by name because OmegaConf asks for it; a `check` method holds what types cannot say.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from rlhf_cli.errors import RequestError, bad_value
+from rlhf_cli.models.settings import ModelSettings
+from rlhf_cli.train.settings import TrainSettings
+
+
+class Device(Enum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class PrecisionName(Enum):
+    """What forward passes run in; weights stay float32."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class BaselineForm(Enum):
+    """REINFORCE's moving baseline."""
+
+    ema = "ema"
+    mean = "mean"
+
+
+class BaselineUpdate(Enum):
+    """Whether the batch's own rewards are in the baseline that is subtracted from them."""
+
+    after = "after"
+    before = "before"
+
+
+class RmInit(Enum):
+    """What a reward model starts from."""
+
+    auto = "auto"  # the SFT model where rm.model is the policy's backbone, else rm.model
+    sft = "sft"
+    backbone = "backbone"
+
+
+class Standardize(Enum):
+    """What a reward is scaled by."""
+
+    sft_samples = "sft_samples"
+    none = "none"
+
+
+class WandbMode(Enum):
+    """How W&B records."""
+
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass
+class PrecisionConfig:
+    """Group `precision`."""
+
+    name: PrecisionName = PrecisionName.auto
+
+
+@dataclass
+class SftConfig:
+    """The supervised stage."""
+
+    path: str | None = None  # run folder, model folder or hub id; null = built and cached
+    seed: int = 0
+    train: TrainSettings = field(default_factory=TrainSettings)
+
+    def check(self) -> None:
+        """Raises RequestError for impossible values."""
+        check_seed("sft.seed", self.seed)
+        self.train.check("sft.train")
+
+
+@dataclass
+class RmConfig:
+    """Group `rm`: what every reward model has."""
+
+    name: str = ""
+    path: str | None = None
+    seed: int = 0
+    init: RmInit = RmInit.auto
+    append_eos: bool = True
+    use_margin: bool = False
+    standardize: Standardize = Standardize.sft_samples
+    standardize_samples: int = 256
+    model: ModelSettings = field(default_factory=ModelSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+
+    def check(self) -> None:
+        """Raises RequestError for impossible values."""
+        check_seed("rm.seed", self.seed)
+        if self.standardize_samples < 2:
+            raise bad_value("rm.standardize_samples", self.standardize_samples, "a whole number >= 2")
+        self.model.check("rm.model")
+        self.train.check("rm.train")
+
+
+@dataclass
+class AlgoConfig:
+    """Group `algo`: what every online algorithm has."""
+
+    name: str = ""
+    k: int = 1
+    beta: float = 0.05
+    num_minibatches: int = 1
+    num_epochs: int = 1
+    clip: float | None = None
+    eval_prompts: int = 100
+    train: TrainSettings = field(default_factory=TrainSettings)
+
+    def check(self) -> None:
+        """Raises RequestError for impossible values."""
+        for key in ("k", "num_minibatches", "num_epochs", "eval_prompts"):
+            if getattr(self, key) < 1:
+                raise bad_value(f"algo.{key}", getattr(self, key), "a whole number >= 1")
+        if not (math.isfinite(self.beta) and self.beta >= 0):
+            raise bad_value("algo.beta", self.beta, "a number >= 0")
+        if self.clip is not None and not 0 < self.clip < 1:
+            raise bad_value("algo.clip", self.clip, "a number above 0 and below 1, or null")
+        if self.clip is not None and self.num_minibatches * self.num_epochs == 1:
+            raise bad_value(
+                "algo.clip", self.clip, "null, because with one step per rollout the ratio is always 1"
+            )
+        self.train.check("algo.train")
+        if self.train.steps is None:
+            raise bad_value("algo.train.steps", None, "a whole number >= 1")
+        if self.train.batch_size % self.k:
+            raise bad_value(
+                "algo.train.batch_size", self.train.batch_size, f"a multiple of algo.k={self.k} (samples per step)"
+            )
+
+
+@dataclass
+class ReinforceConfig(AlgoConfig):
+    """algo=reinforce."""
+
+    baseline: BaselineForm = BaselineForm.ema
+    alpha: float = 0.9
+    bias_correction: bool = False
+    baseline_update: BaselineUpdate = BaselineUpdate.after
+
+    def check(self) -> None:
+        """Raises RequestError for impossible values."""
+        super().check()
+        if not 0.0 <= self.alpha < 1.0:
+            raise bad_value("algo.alpha", self.alpha, "a number from 0 to below 1")
+
+
+@dataclass
+class RlooConfig(AlgoConfig):
+    """algo=rloo."""
+
+    k: int = 4
+
+    def check(self) -> None:
+        """Raises RequestError for impossible values."""
+        if self.k < 2:
+            raise bad_value("algo.k", self.k, "at least 2: RLOO's baseline is the mean of the other samples")
+        super().check()
+
+
+@dataclass
+class RolloutConfig:
+    """Sampling while training."""
+
+    temperature: float = 1.0
+    max_new_tokens: int = 256
+    max_rows: int = 512
+
+    def check(self) -> None:
+        """Raises RequestError for impossible values."""
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise bad_value("rollout.temperature", self.temperature, "a number > 0")
+        for key in ("max_new_tokens", "max_rows"):
+            if getattr(self, key) < 1:
+                raise bad_value(f"rollout.{key}", getattr(self, key), "a whole number >= 1")
+
+
+@dataclass
+class ReferenceConfig:
+    """What an evaluation measures differences to."""
+
+    path: str | None = None
+
+
+@dataclass
+class EvalConfig:
+    """How an evaluation samples and resamples."""
+
+    num_prompts: int = 200
+    samples_per_prompt: int = 1
+    split: str = "test"
+    temperature: float = 1.0
+    num_resamples: int = 2000
+
+    def check(self) -> None:
+        """Raises RequestError for impossible values."""
+        for key in ("num_prompts", "samples_per_prompt", "num_resamples"):
+            if getattr(self, key) < 1:
+                raise bad_value(f"eval.{key}", getattr(self, key), "a whole number >= 1")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise bad_value("eval.temperature", self.temperature, "a number > 0")
+
+
+@dataclass
+class LoggerConfig:
+    """Group `logger`; metrics.jsonl is always written."""
+
+    name: str = "jsonl"
+
+
+@dataclass
+class WandbConfig(LoggerConfig):
+    """logger=wandb."""
+
+    name: str = "wandb"
+    project: str = "rlhf"
+    entity: str | None = None
+    group: str | None = None
+    mode: WandbMode | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class StagesConfig:
+    """Stages that are built for a command which needs them."""
+
+    auto: bool = True
+    cache_dir: str = "outputs/cache"
+
+
+@dataclass
+class RunConfig:
+    """The one tree that every command shares; a command reads the nodes it needs."""
+
+    command: str = MISSING
+    name: str = MISSING
+    run_dir: str = MISSING
+    seed: int = 0
+    device: Device = Device.auto
+    threads: int | None = None
+    algo: Any = MISSING
+    rm: Any = MISSING
+    data: Any = MISSING
+    model: ModelSettings = field(default_factory=ModelSettings)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    logger: Any = MISSING
+    sft: SftConfig = field(default_factory=SftConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    policies: list[str] = field(default_factory=list)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    stages: StagesConfig = field(default_factory=StagesConfig)
+
+    def check(self) -> None:
+        """Raises RequestError for impossible values, before anything has been done."""
+        check_seed("seed", self.seed)
+        if self.threads is not None and self.threads < 1:
+            raise bad_value("threads", self.threads, "a whole number >= 1, or null")
+        self.model.check("model")
+        self.data.check()
+        self.sft.check()
+        self.rm.check()
+        self.algo.check()
+        self.rollout.check()
+        self.eval.check()
+        self._check_lengths()
+        if not self.stages.auto:
+            self._check_paths()
+
+    def _check_lengths(self) -> None:
+        if self.rollout.max_new_tokens > self.data.max_completion_tokens:
+            raise bad_value(
+                "rollout.max_new_tokens",
+                self.rollout.max_new_tokens,
+                f"at most data.max_completion_tokens={self.data.max_completion_tokens}: a reward model never saw longer ones",
+            )
+        needed = self.data.max_prompt_tokens + self.data.max_completion_tokens
+        for where, model in (("model", self.model), ("rm.model", self.rm.model)):
+            if model.path is None and needed > model.max_positions:
+                raise bad_value(
+                    f"{where}.max_positions",
+                    model.max_positions,
+                    f"at least data.max_prompt_tokens + data.max_completion_tokens = {needed}",
+                )
+
+    def _check_paths(self) -> None:
+        needs = {"train-sft": (), "train-rm": ("sft",), "train-policy": ("sft", "rm"), "eval": ()}
+        for stage in needs[self.command]:
+            if getattr(self, stage).path is None:
+                raise RequestError(
+                    f"{stage}.path=null: expected a path, because stages.auto=false builds no missing stage"
+                )
+
+
+def check_seed(key: str, seed: int) -> None:
+    """Seeds key 64-bit counters: they are never negative."""
+    if seed < 0:
+        raise bad_value(key, seed, "a whole number >= 0")

@@ -1,0 +1,31 @@
+"""Registers the schema dataclasses with Hydra, so that YAML files can be checked against them."""
+
+from __future__ import annotations
+
+from hydra.core.config_store import ConfigStore
+
+from rlhf_cli.config import schema
+from rlhf_cli.data.settings import JsonlSettings, ReviewsSettings
+from rlhf_cli.models.settings import ModelSettings
+
+_SCHEMAS = {
+    "schema": {"run": schema.RunConfig},
+    "schema/algo": {"reinforce": schema.ReinforceConfig, "rloo": schema.RlooConfig},
+    "schema/rm": {"scalar": schema.RmConfig},
+    "schema/data": {"reviews": ReviewsSettings, "jsonl": JsonlSettings},
+    "schema/model": {"model": ModelSettings},
+    "schema/precision": {"precision": schema.PrecisionConfig},
+    "schema/logger": {
+        "jsonl": schema.LoggerConfig,
+        "tensorboard": schema.LoggerConfig,
+        "wandb": schema.WandbConfig,
+    },
+}
+
+
+def register() -> None:
+    """Makes the schemas known under the group `schema`; harmless when repeated."""
+    store = ConfigStore.instance()
+    for group, nodes in _SCHEMAS.items():
+        for name, node in nodes.items():
+            store.store(group=group, name=name, node=node, provider="rlhf")

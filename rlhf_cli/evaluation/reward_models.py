@@ -1,0 +1,71 @@
+"""Measuring a reward model on held-out pairs: accuracy, margin, calibration, each with an interval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_cli.evaluation.statistics import Bootstrap, Estimate, expected_calibration_error
+from rlhf_cli.rewards.model import RewardModel
+from rlhf_cli.train.precision import Precision
+from rlhf_cli.types import Preference
+
+Column = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Raw scores of pairs."""
+
+    chosen: Column  # [Q]
+    rejected: Column  # [Q]
+
+    @property
+    def margin(self) -> Column:
+        """r+ - r-, raw."""
+        return self.chosen - self.rejected
+
+    @property
+    def probability(self) -> Column:
+        """P(chosen is preferred) = sigmoid(r+ - r-)."""
+        return 1.0 / (1.0 + np.exp(-np.clip(self.margin, -700, 700)))
+
+
+def score_pairs(reward_model: RewardModel, pairs: Sequence[Preference], precision: Precision) -> PairScores:
+    """Scores both completions of every pair."""
+    prompts = [pair.prompt for pair in pairs]
+    with precision.autocast():
+        chosen = reward_model.score(prompts, [pair.chosen for pair in pairs]).raw
+        rejected = reward_model.score(prompts, [pair.rejected for pair in pairs]).raw
+    return PairScores(chosen.double().numpy(), rejected.double().numpy())
+
+
+def summarise_pairs(scores: PairScores, num_resamples: int, seed: int) -> Mapping[str, Estimate]:
+    """rm/accuracy (a tie counts one half), rm/margin (raw), rm/nll (nats), rm/ece (15 bins, symmetrised).
+
+    The ECE's interval is that of its resamples: |.| makes them larger on average than the figure itself.
+    """
+    margin, probability = scores.margin, scores.probability
+    bootstrap = Bootstrap(len(margin), num_resamples, seed)
+    return {
+        "rm/accuracy": bootstrap.mean((margin > 0) + 0.5 * (margin == 0)),
+        "rm/margin": bootstrap.mean(margin),
+        "rm/nll": bootstrap.mean(np.logaddexp(0.0, -margin)),
+        "rm/ece": _calibration(probability, num_resamples, seed),
+    }
+
+
+def _calibration(probability: Column, num_resamples: int, seed: int) -> Estimate:
+    n = len(probability)
+    outcome = np.ones(n)
+    value = expected_calibration_error(probability, outcome)
+    rng = np.random.Generator(np.random.Philox(key=[seed, n]))
+    resampled = [
+        expected_calibration_error(probability[rng.integers(0, n, n)], outcome)
+        for _ in range(min(num_resamples, 1000))
+    ]
+    lo, hi = np.quantile(resampled, [0.025, 0.975])
+    return Estimate(value, float(lo), float(hi), n)

@@ -1,0 +1,69 @@
+"""Forward passes of a causal language model over prompt + completion rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf_cli.ops.kl import full_kl
+from rlhf_cli.ops.logprobs import TokenLogprobs, completion_logprobs
+from rlhf_cli.types import Sequences
+
+
+def sequence_logits(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+    """Logits of every position, [N, L, V]; positions count real tokens, so padding changes nothing."""
+    positions = (sequences.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return model(
+        input_ids=sequences.ids,
+        attention_mask=sequences.attention_mask.long(),
+        position_ids=positions,
+        use_cache=False,
+    ).logits
+
+
+def token_logprobs(model: PreTrainedModel, sequences: Sequences, temperature: float = 1.0) -> TokenLogprobs:
+    """Log-probs of the completion tokens under `model`; gradients flow where they are enabled."""
+    return completion_logprobs(sequence_logits(model, sequences), sequences, temperature)
+
+
+@torch.no_grad()
+def sequence_logprobs(
+    model: PreTrainedModel, sequences: Sequences, temperature: float, micro_batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """Summed log-prob and entropy of each completion, without gradient.
+
+    Args:
+        model: in eval mode.
+        sequences: N rows.
+        temperature: the sampling temperature.
+        micro_batch_size: rows per pass. Use the training step's, so that policy and reference, equal at step 0,
+            agree to the bit.
+
+    Returns:
+        log-prob float32 [N]; mean entropy per completion token float32 [N], nats.
+    """
+    logprobs, entropies = [], []
+    for start in range(0, len(sequences), micro_batch_size):
+        tokens = token_logprobs(model, sequences[start : start + micro_batch_size], temperature)
+        logprobs.append(tokens.sequence_logprob())
+        entropies.append(tokens.entropy.sum(-1) / tokens.mask.sum(-1).clamp(min=1))
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+@torch.no_grad()
+def full_kls(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    sequences: Sequences,
+    temperature: float,
+    micro_batch_size: int,
+) -> Tensor:
+    """Full-vocabulary KL(policy||reference) summed over each completion, float32 [N], nats."""
+    parts = []
+    for start in range(0, len(sequences), micro_batch_size):
+        rows = sequences[start : start + micro_batch_size]
+        parts.append(
+            full_kl(sequence_logits(policy, rows), sequence_logits(reference, rows), rows, temperature)
+        )
+    return torch.cat(parts)

@@ -1,0 +1,175 @@
+"""Loading and building models: plain Hugging Face folders in and out, safetensors only, no remote code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf_cli.errors import RequestError, bad_value
+from rlhf_cli.models.settings import ModelSettings
+from rlhf_cli.models.tokenizer import ensure_pad_token
+
+
+def resolve_path(key: str, path: str) -> str:
+    """The folder or hub id that `path` stands for: a run folder gives its model/.
+
+    Raises:
+        RequestError: a folder without a model in it, or a path that does not exist.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        for candidate in (folder / "model", folder):
+            if (candidate / "config.json").is_file():
+                return str(candidate)
+        raise bad_value(key, path, "a run folder with model/, or a model folder with config.json")
+    looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or path.startswith("outputs/")
+    if looks_local:
+        raise RequestError(f"{key}={path}: no such folder")
+    return path
+
+
+def load_tokenizer(key: str, path: str) -> PreTrainedTokenizerBase:
+    """Tokenizer of a folder or hub id, with a pad token of its own."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _unusable(key, path, error) from error
+    ensure_pad_token(tokenizer)
+    return tokenizer
+
+
+def load_causal_lm(
+    key: str, path: str, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in float32 with its tokenizer, in eval mode (dropout off).
+
+    Raises:
+        RequestError: the path holds no causal language model.
+    """
+    tokenizer = load_tokenizer(key, path)
+    model = _from_pretrained(AutoModelForCausalLM, key, path)
+    fit_embeddings(model, tokenizer)
+    return model.to(device).eval(), tokenizer
+
+
+def load_classifier(
+    key: str, path: str, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A trained sequence classifier in float32 with its tokenizer, in eval mode."""
+    tokenizer = load_tokenizer(key, path)
+    model = _from_pretrained(AutoModelForSequenceClassification, key, path)
+    fit_embeddings(model, tokenizer)
+    return model.to(device).eval(), tokenizer
+
+
+def load_backbone_as_classifier(
+    key: str, path: str, device: torch.device, seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The backbone of any model under a new head with one label, the head a pure function of `seed`."""
+    tokenizer = load_tokenizer(key, path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _from_pretrained(AutoModelForSequenceClassification, key, path, num_labels=1)
+        fit_embeddings(model, tokenizer)
+    return model.to(device).eval(), tokenizer
+
+
+def classifier_from_lm(language_model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A classifier with one label over a copy of a language model's backbone; the head a function of `seed`."""
+    config = type(language_model.config).from_dict({**language_model.config.to_dict(), "num_labels": 1})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_config(config)
+    model.base_model.load_state_dict(language_model.base_model.state_dict())
+    return model.to(language_model.device).eval()
+
+
+def build_tiny(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """A small Llama from its sizes, its weights a pure function of `seed`."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_heads,
+        max_position_embeddings=settings.max_positions,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=settings.hidden_size**-0.5,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
+
+
+def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives the model the tokenizer's pad id and a row for every token (a larger table stays as it is)."""
+    if model.get_input_embeddings().weight.shape[0] < len(tokenizer):
+        # mean_resizing would draw the new row from a fitted normal; a pad row is never attended to
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """All ids that end a completion: the generation config's (chat models have several) and the tokenizer's."""
+    found: list[int] = []
+    generation = getattr(model, "generation_config", None)
+    for source in (generation, model.config):
+        value: Any = getattr(source, "eos_token_id", None)
+        if value is not None:
+            found.extend(value if isinstance(value, Sequence) else [value])
+    if tokenizer.eos_token_id is not None:
+        found.append(tokenizer.eos_token_id)
+    return tuple(sorted(set(found)))
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Longest sequence the model has positions for; None where its config does not say."""
+    return getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a plain Hugging Face folder: safetensors, config and tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
+    """Trainable and total parameters; tied weights count once."""
+    parameters = list(model.parameters())
+    return {
+        "parameters/trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "parameters/total": sum(p.numel() for p in parameters),
+    }
+
+
+def _from_pretrained(auto_class: Any, key: str, path: str, **extra: Any) -> PreTrainedModel:
+    try:
+        return auto_class.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, **extra
+        )
+    except (OSError, ValueError) as error:
+        raise _unusable(key, path, error) from error
+
+
+def _unusable(key: str, path: str, error: Exception) -> RequestError:
+    reason = " ".join(str(error).split())
+    return RequestError(f"{key}={path}: cannot be loaded ({reason[:300]})")

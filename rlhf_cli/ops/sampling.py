@@ -1,0 +1,45 @@
+"""Drawing a token from logits with noise that is given, not drawn: same noise, same token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def inverse_cdf(probability: Tensor, uniform: Tensor) -> Tensor:
+    """The token whose interval of the cumulative distribution holds `uniform`.
+
+    One uniform number a row is enough for an exact draw, whatever the vocabulary's size.
+
+    Args:
+        probability: float32 [N, V], rows sum to about 1.
+        uniform: float32 [N] in [0, 1).
+
+    Returns:
+        int64 [N]; never a token of probability 0.
+    """
+    cumulative = torch.cumsum(probability, dim=-1)
+    total = cumulative[:, -1:]
+    # Scaled by the rounded total and kept below it, so that the draw cannot run past the last possible token
+    below_total = torch.nextafter(total, torch.zeros_like(total))
+    threshold = torch.minimum(uniform[:, None] * total, below_total)
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+
+
+def sample_token(logits: Tensor, uniform: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Draws the next token of each row.
+
+    Args:
+        logits: [N, V], any float type.
+        uniform: float32 [N] in [0, 1).
+        temperature: >= 0; 0 takes the most likely token.
+
+    Returns:
+        ids int64 [N], and their log-probs float32 [N] at the same temperature (0 when greedy).
+    """
+    logits = logits.float()
+    if temperature == 0.0:
+        return logits.argmax(dim=-1), torch.zeros(logits.shape[0], device=logits.device)
+    logprob = torch.log_softmax(logits / temperature, dim=-1)
+    ids = inverse_cdf(logprob.exp(), uniform)
+    return ids, logprob.gather(-1, ids[:, None])[:, 0]

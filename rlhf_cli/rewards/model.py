@@ -1,0 +1,145 @@
+"""The reward model: a plain sequence classifier plus the text format and scale it was trained with.
+
+What is saved is an ordinary Hugging Face folder; format and scale live in its config.json under `rlhf_reward`, so that
+transformers loads it without any code from here and gives the raw logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_cli.data.tokenise import TokenPair, collate, encode_completion, encode_prompt
+from rlhf_cli.errors import RequestError
+from rlhf_cli.models.loading import load_classifier, save_model
+from rlhf_cli.ops.masks import last_true
+from rlhf_cli.types import Prompt, Scores, Sequences
+
+_CONFIG_KEY = "rlhf_reward"
+
+
+@dataclass(frozen=True)
+class RewardFormat:
+    """How text becomes the ids that are scored, and how a raw score becomes a reward."""
+
+    max_prompt_tokens: int
+    max_completion_tokens: int
+    append_eos: bool = True
+    mean: float = 0.0  # of the raw score on samples of the SFT model
+    std: float = 1.0
+
+    def standardise(self, raw: Tensor) -> Tensor:
+        """(raw - mean) / std: in standard deviations of the SFT model's samples."""
+        return (raw - self.mean) / self.std
+
+
+@dataclass
+class RewardModel:
+    """A scalar reward r(x, y)."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    format: RewardFormat
+
+    def encode(self, prompt: Prompt, completion: str, finished: bool = True) -> TokenPair:
+        """Ids of a row, exactly as in training; EOS is appended to finished completions only."""
+        return (
+            encode_prompt(self.tokenizer, prompt, self.format.max_prompt_tokens),
+            encode_completion(
+                self.tokenizer,
+                completion,
+                self.format.max_completion_tokens,
+                append_eos=self.format.append_eos and finished,
+            ),
+        )
+
+    @torch.no_grad()
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        finished: Sequence[bool] | None = None,
+        batch_size: int = 128,
+    ) -> Scores:
+        """Scores completions from their text.
+
+        Args:
+            prompts: N.
+            completions: N texts.
+            finished: N; False where a completion was cut before its EOS. None = all finished.
+            batch_size: rows per forward pass; rows of similar length go together.
+
+        Returns:
+            Scores on the CPU, in the order given.
+        """
+        done = [True] * len(prompts) if finished is None else finished
+        rows = [self.encode(p, c, f) for p, c, f in zip(prompts, completions, done, strict=True)]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+        raw = torch.empty(len(rows))
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = collate([rows[i] for i in chosen], int(self.tokenizer.pad_token_id))
+            raw[chosen] = score_sequences(self.model, batch.to(self.model.device)).float().cpu()
+        return Scores(reward=self.format.standardise(raw), raw=raw)
+
+    def with_scale(self, mean: float, std: float) -> RewardModel:
+        """The same model, standardised with another mean and standard deviation."""
+        if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+            raise RequestError(
+                f"rm.standardize: the reward model gives mean {mean} and std {std} on SFT samples; "
+                "it has learned nothing it could be scaled by"
+            )
+        return RewardModel(self.model, self.tokenizer, replace(self.format, mean=mean, std=std))
+
+    def save(self, folder: Path) -> None:
+        """Writes a Hugging Face folder."""
+        setattr(self.model.config, _CONFIG_KEY, asdict(self.format))
+        save_model(self.model, self.tokenizer, folder)
+
+
+def score_sequences(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+    """Raw scores of N rows, read at the last real token by the attention mask, never by the id of pad.
+
+    Decoder classifiers of transformers have a `score` head over the backbone; encoder classifiers (DistilBERT,
+    RoBERTa) pool their first token themselves.
+
+    Returns:
+        float [N]; gradients flow where they are enabled.
+    """
+    attention = sequences.attention_mask.long()
+    head = getattr(model, "score", None)
+    if head is None:
+        return model(input_ids=sequences.ids, attention_mask=attention).logits[:, 0]
+    hidden = model.base_model(
+        input_ids=sequences.ids,
+        attention_mask=attention,
+        position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
+        use_cache=False,
+    ).last_hidden_state
+    rows = torch.arange(len(sequences), device=hidden.device)
+    pooled = hidden[rows, last_true(sequences.attention_mask)]
+    return head(pooled)[:, 0]
+
+
+def load_reward_model(key: str, path: str, device: torch.device) -> RewardModel:
+    """A reward model saved by this project.
+
+    Raises:
+        RequestError: the folder is no reward model of this project, or has more than one label.
+    """
+    model, tokenizer = load_classifier(key, path, device)
+    stored: dict[str, Any] | None = getattr(model.config, _CONFIG_KEY, None)
+    if stored is None:
+        raise RequestError(f"{key}={path}: not a reward model of this project (config.json has no {_CONFIG_KEY})")
+    known = {field.name for field in fields(RewardFormat)}
+    unknown = sorted(set(stored) - known)
+    if unknown:
+        raise RequestError(f"{key}={path}: unknown {_CONFIG_KEY} settings {', '.join(unknown)}")
+    return RewardModel(model, tokenizer, RewardFormat(**stored))

@@ -1,0 +1,235 @@
+"""One training run per stage: objects from the config, the loop, the final figures. Upstream models are given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from rlhf_cli import build
+from rlhf_cli.config.schema import RunConfig, Standardize
+from rlhf_cli.data.dataset import Dataset
+from rlhf_cli.data.tokenise import encode_examples, encode_prompt
+from rlhf_cli.models.loading import load_causal_lm, parameter_counts
+from rlhf_cli.report.plots import training_curves
+from rlhf_cli.rewards.model import RewardModel, load_reward_model
+from rlhf_cli.rollout.engine import Sampling, generate
+from rlhf_cli.train.loop import FitResult, Task, fit
+from rlhf_cli.train.policy import PolicyPlan, PolicyTask
+from rlhf_cli.train.precision import Precision
+from rlhf_cli.train.recorder import RunRecorder, RunRequest, recorded_run
+from rlhf_cli.train.reward import RewardTask, encode
+from rlhf_cli.train.seeding import derive_seed
+from rlhf_cli.train.settings import TrainSettings
+from rlhf_cli.train.sft import SftTask
+from rlhf_cli.train.tracking import NullTracker, Tracker
+from rlhf_cli.types import PromptBatch, Rollout, Scores
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A trained model that a later stage builds on."""
+
+    path: str  # folder or hub id that transformers loads
+    digest: str
+
+    def record(self) -> dict[str, str]:
+        """As run.json has it."""
+        return {"path": self.path, "digest": self.digest}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage's run needs beside its models."""
+
+    config: RunConfig
+    data: Dataset
+    precision: Precision
+    threads: int
+    folder: Path
+    command: str
+    argv: Sequence[str]
+    tracked: bool = True  # False for a stage that is built on the way to another
+    group: str | None = None  # a sweep's name, for trackers
+    flat: Mapping[str, object] = field(default_factory=dict)  # the config, for trackers
+
+    def request(
+        self,
+        title: str,
+        seed: int,
+        num_steps: int,
+        keys: Sequence[str],
+        upstream: Mapping[str, Artifact] | None = None,
+    ) -> RunRequest:
+        """What the run writes about itself."""
+        return RunRequest(
+            folder=self.folder,
+            command=self.command,
+            argv=self.argv,
+            seed=seed,
+            device=self.precision.device.type,
+            threads=self.threads,
+            upstream={stage: artifact.record() for stage, artifact in (upstream or {}).items()},
+            title=title,
+            num_steps=num_steps,
+            keys=keys,
+            make_tracker=self._tracker,
+        )
+
+    def _tracker(self, run_id: str) -> Tracker:
+        if not self.tracked:
+            return NullTracker()
+        return build.tracker(
+            self.config.logger, self.folder, run_id, self.config.name, self.group, self.flat
+        )
+
+
+def train_sft(job: Job, seed: int) -> None:
+    """Supervised fine-tuning into job.folder."""
+    config, data = job.config, job.data
+    settings = config.sft.train
+    num_steps = settings.num_steps(len(data.sft))
+    with recorded_run(job.request("sft", seed, num_steps, ("loss", "eval/loss"))) as recorder:
+        model, tokenizer = build.backbone("model", config.model, seed, job.precision.device)
+        build.check_context(config, "model", model)
+        task = SftTask(
+            model,
+            tokenizer,
+            encode_examples(tokenizer, data.sft, data.max_prompt_tokens, data.max_completion_tokens),
+            encode_examples(
+                tokenizer, data.sft_validation, data.max_prompt_tokens, data.max_completion_tokens
+            ),
+            settings,
+            job.precision,
+            seed,
+        )
+        _run(task, settings, num_steps, job, recorder, seed, ("loss", "eval/loss", "grad_norm", "lr"))
+
+
+def train_rm(job: Job, seed: int, sft: Artifact) -> None:
+    """A reward model into job.folder, standardised on samples of the SFT model."""
+    config, data = job.config, job.data
+    settings = config.rm.train
+    num_steps = settings.num_steps(len(data.pairs))
+    keys = ("loss", "rm/accuracy", "eval/loss", "eval/rm/accuracy")
+    with recorded_run(job.request(f"rm {config.rm.name}", seed, num_steps, keys, {"sft": sft})) as recorder:
+        reward_model = build.new_reward_model(config, sft.path, job.precision.device)
+        build.check_context(config, "rm.model", reward_model.model)
+        task = RewardTask(
+            reward_model,
+            encode(reward_model, data.pairs),
+            encode(reward_model, data.pairs_validation),
+            settings,
+            job.precision,
+            seed,
+            use_margin=config.rm.use_margin,
+        )
+        extra = _run(task, settings, num_steps, job, recorder, seed, (*keys, "rm/margin", "grad_norm"))
+        if config.rm.standardize is Standardize.sft_samples:
+            extra |= _standardise(job, seed, sft)
+            recorder.summary(extra)
+
+
+def train_policy(job: Job, seed: int, sft: Artifact, rm: Artifact) -> None:
+    """A policy into job.folder."""
+    config, data = job.config, job.data
+    settings = config.algo.train
+    assert settings.steps is not None, "checked with the config"
+    keys = ("reward/mean", "kl/k1", "gold/mean", "length/mean", "loss")
+    shown = tuple(key for key in keys if key != "gold/mean" or data.gold is not None)
+    upstream = {"sft": sft, "rm": rm}
+    with recorded_run(job.request(config.name, seed, settings.steps, shown, upstream)) as recorder:
+        device = job.precision.device
+        model, tokenizer = load_causal_lm("sft.path", sft.path, device)
+        reference, _ = load_causal_lm("sft.path", sft.path, device)
+        build.check_context(config, "sft.path", model)
+        task = PolicyTask(
+            model,
+            reference,
+            tokenizer,
+            build.algorithm(config.algo),
+            RewardOfRollout(load_reward_model("rm.path", rm.path, device), job.precision),
+            data.gold,
+            data.prompts,
+            data.prompts_validation[: config.algo.eval_prompts],
+            data.max_prompt_tokens,
+            Sampling(config.rollout.max_new_tokens, config.rollout.temperature, config.rollout.max_rows),
+            settings,
+            PolicyPlan(config.algo.num_minibatches, config.algo.num_epochs),
+            job.precision,
+            seed,
+        )
+        curves = ("reward/mean", "gold/mean", "kl/k1", "entropy", "length/mean", "grad_norm")
+        _run(task, settings, settings.steps, job, recorder, seed, curves)
+
+
+@dataclass(frozen=True)
+class RewardOfRollout:
+    """A reward model as the reward of a policy."""
+
+    reward_model: RewardModel
+    precision: Precision
+
+    def __call__(self, rollout: Rollout) -> Scores:
+        """Scores from the texts; a completion that was cut has no EOS to score."""
+        finished = [not cut for cut in rollout.truncated.tolist()]
+        with self.precision.autocast():
+            return self.reward_model.score(rollout.prompts, rollout.completions, finished)
+
+
+def _run(
+    task: Task,
+    settings: TrainSettings,
+    num_steps: int,
+    job: Job,
+    recorder: RunRecorder,
+    seed: int,
+    curves: Sequence[str],
+) -> dict[str, float]:
+    """Trains, then writes summary and plot; returns the summary."""
+    counts = parameter_counts(task.model)
+    recorder.message(
+        f"{counts['parameters/trainable']:,} of {counts['parameters/total']:,} parameters are trained, "
+        f"{num_steps} steps, {job.precision.device.type} {job.precision.name}"
+    )
+    result: FitResult = fit(task, settings, num_steps, job.folder, recorder, job.precision, seed)
+    rows = recorder.run.metrics().rows
+    summary: dict[str, float] = {
+        **result.final.metrics,
+        **counts,
+        "step": result.last_step,
+        "best_step": result.best_step,
+        "stopped_early": int(result.stopped_early),
+        "samples": rows[-1]["samples"],
+        "tokens": rows[-1]["tokens"],
+        "time_s": rows[-1]["time_s"],
+    }
+    recorder.summary(summary)
+    training_curves(recorder.run.plots / "training.png", rows, curves)
+    return summary
+
+
+def _standardise(job: Job, seed: int, sft: Artifact) -> dict[str, float]:
+    """Stores mean and std of the raw reward over samples of the SFT model with the reward model."""
+    config, data, device = job.config, job.data, job.precision.device
+    reward_model = load_reward_model("rm.path", str(job.folder / "model"), device)
+    policy, tokenizer = load_causal_lm("sft.path", sft.path, device)
+    prompts = data.prompts[: config.rm.standardize_samples]
+    batch = PromptBatch(
+        prompts=tuple(prompts),
+        ids=tuple(tuple(encode_prompt(tokenizer, p, data.max_prompt_tokens)) for p in prompts),
+        index=tuple(range(len(prompts))),
+    )
+    sampling = Sampling(config.rollout.max_new_tokens, config.rollout.temperature, config.rollout.max_rows)
+    with job.precision.autocast():
+        rollout = generate(policy, tokenizer, batch, 1, sampling, derive_seed(seed, "standardise"), 0)
+    raw = RewardOfRollout(reward_model, job.precision)(rollout).raw.double()
+    mean, std = float(raw.mean()), float(raw.std())
+    for name in ("model", "model_best", "model_last"):
+        if (job.folder / name).is_dir():
+            load_reward_model("rm.path", str(job.folder / name), torch.device("cpu")).with_scale(mean, std).save(
+                job.folder / name
+            )
+    return {"rm/sft_mean": mean, "rm/sft_std": std}

@@ -1,0 +1,90 @@
+"""Writing so that a reader, or a kill at any instant, sees the old state or the new one, never a part."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Replace the file at `path` by `data`: temporary file beside it, fsync, rename.
+
+    Raises OSError as the file system gives it; the old file is then untouched.
+    """
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_json_atomic(path: Path, obj: object) -> None:
+    """Replace the file at `path` by `obj` as indented JSON in the order of its keys.
+
+    Raises ValueError where `obj` holds nan or an infinity, which JSON has no word for.
+    """
+    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # A lone surrogate, which JSON escapes can smuggle into a text, has no UTF-8 form.
+    write_bytes_atomic(path, text.encode("utf-8", errors="replace"))
+
+
+def replace_folder_atomic(tmp: Path, final: Path) -> None:
+    """Let the complete folder `tmp` become `final`; both lie in the same parent.
+
+    Everything in `tmp` reaches the disk before the rename. Where `final` does not exist yet (the usual case)
+    the rename is the one instant at which it appears, whole. An existing `final` steps aside under a hidden
+    name first, because no portable call exchanges two folders; killed between the two renames, the folder is
+    absent but not lost, and `restore_folder` brings it back.
+    """
+    assert tmp.is_dir(), f"{tmp} is not a folder"
+    assert tmp.parent.resolve() == final.parent.resolve(), "a rename is atomic within one parent only"
+    for root, _, files in os.walk(tmp):
+        for name in files:
+            _sync_file(Path(root) / name)
+        _sync_folder(Path(root))
+    aside = _aside(final)
+    if final.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+    tmp.rename(final)
+    _sync_folder(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def restore_folder(final: Path) -> bool:
+    """Undo a replacement that was killed half-way; True where a folder was brought back."""
+    aside = _aside(final)
+    if not aside.is_dir():
+        return False
+    if final.is_dir():  # the replacement was complete, only the clean-up was missing
+        shutil.rmtree(aside, ignore_errors=True)
+        return False
+    aside.rename(final)
+    return True
+
+
+def _aside(final: Path) -> Path:
+    return final.parent / f".{final.name}.old"
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(path: Path) -> None:
+    """Bring a folder's entries to the disk, where the platform lets folders be opened."""
+    if os.name == "posix":
+        _sync_file(path)

@@ -1,0 +1,251 @@
+"""Training a policy on its own samples: prompts -> rollout -> rewards -> advantages -> optimizer batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_cli.algos.base import BaselineState, OnlineAlgorithm
+from rlhf_cli.data.dataset import GoldReward
+from rlhf_cli.data.tokenise import encode_prompt
+from rlhf_cli.models.causal import full_kls, sequence_logprobs, token_logprobs
+from rlhf_cli.models.loading import save_model
+from rlhf_cli.ops.kl import k1, shaped_reward
+from rlhf_cli.rollout.engine import Sampling, generate
+from rlhf_cli.train.loop import Evaluation, StepBatch
+from rlhf_cli.train.precision import Precision
+from rlhf_cli.train.seeding import batch_rows, derive_seed
+from rlhf_cli.train.settings import TrainSettings
+from rlhf_cli.types import LossOutput, PolicyBatch, Prompt, PromptBatch, Rollout, Scores
+
+# Samples of a step that go to samples.jsonl.
+_SAMPLES_KEPT = 8
+
+RewardFunction = Callable[[Rollout], Scores]
+
+
+@dataclass(frozen=True)
+class PolicyPlan:
+    """How a rollout is cut into optimizer steps."""
+
+    num_minibatches: int = 1  # optimizer batches per rollout
+    num_epochs: int = 1  # passes over each rollout
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps per rollout."""
+        return self.num_minibatches * self.num_epochs
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """One optimizer batch of the current rollout."""
+
+    batch: PolicyBatch
+    num_tokens: int
+    metrics: Mapping[str, float]
+    samples: Sequence[Mapping[str, Any]]
+
+
+class PolicyTask:
+    """Any online algorithm over shared prompts, rollouts and rewards.
+
+    The reference is a frozen copy of the starting policy. Dropout stays off: log-probs of sampling, scoring and
+    training have to be those of one and the same distribution.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reference: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        algorithm: OnlineAlgorithm,
+        reward: RewardFunction,
+        gold: GoldReward | None,
+        prompts: Sequence[Prompt],
+        validation_prompts: Sequence[Prompt],
+        max_prompt_tokens: int,
+        sampling: Sampling,
+        settings: TrainSettings,
+        plan: PolicyPlan,
+        precision: Precision,
+        seed: int,
+    ) -> None:
+        self.model = model.eval()
+        self.reference = reference.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.algorithm = algorithm
+        self.reward = reward
+        self.gold = gold
+        self.prompts = prompts
+        self.validation_prompts = validation_prompts
+        self.max_prompt_tokens = max_prompt_tokens
+        self.sampling = sampling
+        self.settings = settings
+        self.plan = plan
+        self.precision = precision
+        self.seed = seed
+        self.micro_batch_size = settings.micro_batch_size or settings.batch_size
+        self.baseline = BaselineState()
+        self._prepared: list[_Prepared] = []
+
+    def batch(self, step: int) -> StepBatch:
+        """The optimizer batch of a step; a new rollout where the last one is used up."""
+        number, update = divmod(step, self.plan.updates_per_rollout)
+        if update == 0:
+            self._prepared = self._prepare(number)
+        prepared = self._prepared[update % self.plan.num_minibatches]
+        size = self.micro_batch_size
+        return StepBatch(
+            micro_batches=[prepared.batch[i : i + size] for i in range(0, len(prepared.batch), size)],
+            normaliser=float(len(prepared.batch)),
+            num_samples=len(prepared.batch) if update < self.plan.num_minibatches else 0,
+            num_tokens=prepared.num_tokens,
+            metrics=prepared.metrics,
+            samples=[{**row, "step": step + 1} for row in prepared.samples],
+        )
+
+    def loss(self, micro_batch: PolicyBatch, normaliser: float) -> LossOutput:
+        """The algorithm's loss over the log-probs of this micro-batch."""
+        tokens = token_logprobs(self.model, micro_batch.sequences, self.sampling.temperature)
+        return self.algorithm.loss(tokens.sequence_logprob(), micro_batch, normaliser)
+
+    def evaluate(self, step: int) -> Evaluation:
+        """Reward, KL and length on held-out prompts, with the same noise at every evaluation."""
+        with self.precision.autocast():
+            rollout = generate(
+                self.model,
+                self.tokenizer,
+                self._prompt_batch(self.validation_prompts, range(len(self.validation_prompts))),
+                1,
+                self.sampling,
+                derive_seed(self.seed, "validation"),
+                0,
+            )
+            kl = full_kls(
+                self.model, self.reference, rollout.sequences, self.sampling.temperature, self.micro_batch_size
+            ).cpu()
+        scores = self.reward(rollout)
+        metrics = {
+            "reward/mean": float(scores.reward.mean()),
+            "kl/full": float(kl.mean()),
+            **_length_metrics(rollout),
+        }
+        gold = self._gold(rollout)
+        if gold is not None:
+            metrics["gold/mean"] = float(gold.mean())
+        objective = metrics["reward/mean"] - self.algorithm.beta * metrics["kl/full"]
+        return Evaluation(metrics, score=objective)
+
+    def save(self, folder: Path) -> None:
+        """Writes a Hugging Face folder."""
+        save_model(self.model, self.tokenizer, folder)
+
+    def _prepare(self, number: int) -> list[_Prepared]:
+        """Samples rollout `number`, scores it and cuts it into optimizer batches with their advantages."""
+        k = self.algorithm.samples_per_prompt
+        num_prompts = self.settings.batch_size * self.plan.num_minibatches // k
+        chosen = [int(i) for i in batch_rows(self.seed, number, num_prompts, len(self.prompts))]
+        started = time.perf_counter()
+        with self.precision.autocast():
+            rollout = generate(
+                self.model,
+                self.tokenizer,
+                self._prompt_batch([self.prompts[i] for i in chosen], chosen),
+                k,
+                self.sampling,
+                self.seed,
+                number,
+            )
+        sampled = time.perf_counter()
+        scores = self.reward(rollout)
+        gold = self._gold(rollout)
+        scored = time.perf_counter()
+        timing = {"time/rollout_s": sampled - started, "time/score_s": scored - sampled}
+        size = self.settings.batch_size
+        return [
+            self._prepare_batch(rollout, scores, gold, slice(i * size, (i + 1) * size), timing)
+            for i in range(self.plan.num_minibatches)
+        ]
+
+    def _prepare_batch(
+        self, rollout: Rollout, scores: Scores, gold: Tensor | None, rows: slice, timing: Mapping[str, float]
+    ) -> _Prepared:
+        sequences = rollout.sequences[rows]
+        temperature, size = self.sampling.temperature, self.micro_batch_size
+        with self.precision.autocast():
+            old, entropy = sequence_logprobs(self.model, sequences, temperature, size)
+            ref, _ = sequence_logprobs(self.reference, sequences, temperature, size)
+        reward = scores.reward[rows].to(old.device)
+        shaped = shaped_reward(reward, old, ref, self.algorithm.beta)
+        result = self.algorithm.advantages(shaped, self.baseline)
+        self.baseline = result.state
+        kl = k1(old, ref)
+        metrics = {
+            "reward/mean": float(reward.mean()),
+            "reward/std": float(reward.std(unbiased=False)),
+            "reward/shaped_mean": float(shaped.mean()),
+            "advantage/std": float(result.advantage.std(unbiased=False)),
+            "kl/k1": float(kl.mean()),
+            "entropy": float(entropy.mean()),
+            "rollout/logprob_mismatch": float((rollout.sampled_logprob[rows] - old.cpu()).abs().mean()),
+            **_length_metrics(rollout, rows),
+            **result.metrics,
+            **timing,
+        }
+        if gold is not None:
+            metrics["gold/mean"] = float(gold[rows].mean())
+        return _Prepared(
+            batch=PolicyBatch(sequences, old, ref, result.advantage),
+            num_tokens=int(sequences.attention_mask.sum()),
+            metrics=metrics,
+            samples=_sample_rows(rollout, scores, kl.cpu(), gold, rows),
+        )
+
+    def _prompt_batch(self, prompts: Sequence[Prompt], index: Sequence[int]) -> PromptBatch:
+        return PromptBatch(
+            prompts=tuple(prompts),
+            ids=tuple(tuple(encode_prompt(self.tokenizer, p, self.max_prompt_tokens)) for p in prompts),
+            index=tuple(index),
+        )
+
+    def _gold(self, rollout: Rollout) -> Tensor | None:
+        if self.gold is None:
+            return None
+        pairs = zip(rollout.prompts, rollout.completions, strict=True)
+        return torch.tensor([self.gold(prompt, completion) for prompt, completion in pairs])
+
+
+def _length_metrics(rollout: Rollout, rows: slice = slice(None)) -> dict[str, float]:
+    lengths = torch.tensor([len(ids) for ids in rollout.completion_ids[rows]], dtype=torch.float32)
+    return {
+        "length/mean": float(lengths.mean()),
+        "length/truncated_frac": float(rollout.truncated[rows].float().mean()),
+    }
+
+
+def _sample_rows(
+    rollout: Rollout, scores: Scores, kl: Tensor, gold: Tensor | None, rows: slice
+) -> list[dict[str, Any]]:
+    """The first samples of a batch as rows of samples.jsonl; `kl` belongs to the rows."""
+    numbers = range(len(rollout))[rows]
+    result = []
+    for place, i in enumerate(numbers[:_SAMPLES_KEPT]):
+        row: dict[str, Any] = {
+            "prompt": rollout.prompts[i],
+            "completion": rollout.completions[i],
+            "reward": float(scores.reward[i]),
+            "kl": float(kl[place]),
+            "length": len(rollout.completion_ids[i]),
+        }
+        if gold is not None:
+            row["gold"] = float(gold[i])
+        result.append(row)
+    return result

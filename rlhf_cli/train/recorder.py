@@ -1,0 +1,90 @@
+"""A run from its first line to its last: run.json, metrics, samples, tracker, display and summary in one hand."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.train.progress import Progress
+from rlhf_cli.train.run_folder import RunFolder, Status
+from rlhf_cli.train.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What a run writes about itself."""
+
+    folder: Path
+    command: str
+    argv: Sequence[str]
+    seed: int
+    device: str
+    threads: int
+    upstream: Mapping[str, Mapping[str, str]]  # stage -> {"path", "digest"}
+    title: str  # shown before the progress bar
+    num_steps: int
+    keys: Sequence[str]  # metrics shown while it runs
+    make_tracker: Callable[[str], Tracker]  # run id -> tracker
+
+
+class RunRecorder:
+    """Sends each figure of a run to the run folder, the tracker and the screen."""
+
+    def __init__(self, run: RunFolder, tracker: Tracker, progress: Progress) -> None:
+        self.run = run
+        self.tracker = tracker
+        self.progress = progress
+
+    def metrics(self, step: int, row: Mapping[str, float]) -> None:
+        """One row of metrics."""
+        self.run.append_metrics({"step": step, **row})
+        self.tracker.log(step, row)
+        self.progress.update(step, row)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows of samples."""
+        self.run.append_samples(rows)
+        self.tracker.samples(step, rows)
+
+    def message(self, text: str) -> None:
+        """A line for the person watching."""
+        self.progress.message(text)
+
+    def summary(self, values: Mapping[str, float]) -> None:
+        """The final figures."""
+        self.run.write_summary(values)
+        self.tracker.summary(values)
+
+
+@contextmanager
+def recorded_run(request: RunRequest) -> Iterator[RunRecorder]:
+    """Opens a run and closes it with the status it earned: finished, failed or interrupted."""
+    run = RunFolder.create(request.folder)
+    record = run.start(
+        command=request.command,
+        argv=request.argv,
+        seed=request.seed,
+        device=request.device,
+        threads=request.threads,
+        upstream=request.upstream,
+    )
+    tracker = request.make_tracker(record.id)
+    status: Status = "failed"
+    error: str | None = None
+    try:
+        with Progress(request.num_steps, request.title, request.keys) as progress:
+            yield RunRecorder(run, tracker, progress)
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    except BaseException as failure:
+        error = traceback.format_exception_only(failure)[-1]
+        raise
+    finally:
+        run.finish(status, error)
+        tracker.finish(status)

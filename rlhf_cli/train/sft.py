@@ -1,0 +1,86 @@
+"""Supervised fine-tuning: next-token cross-entropy on the completion tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_cli.data.tokenise import TokenPair, collate
+from rlhf_cli.models.causal import token_logprobs
+from rlhf_cli.models.loading import save_model
+from rlhf_cli.ops.masks import masked_sum
+from rlhf_cli.train.loop import Evaluation, StepBatch
+from rlhf_cli.train.precision import Precision
+from rlhf_cli.train.seeding import batch_rows
+from rlhf_cli.train.settings import TrainSettings
+from rlhf_cli.types import LossOutput, Sequences
+
+
+class SftTask:
+    """loss = -(1/n) sum over completion tokens of log pi(y_t|x, y_<t), n = completion tokens of the step."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[TokenPair],
+        validation: Sequence[TokenPair],
+        settings: TrainSettings,
+        precision: Precision,
+        seed: int,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.rows = rows
+        self.validation = validation
+        self.settings = settings
+        self.precision = precision
+        self.seed = seed
+
+    def batch(self, step: int) -> StepBatch:
+        """The rows of a step, as a function of the step alone."""
+        self.model.train()
+        chosen = batch_rows(self.seed, step, self.settings.batch_size, len(self.rows))
+        micro = self._collated([self.rows[i] for i in chosen])
+        return StepBatch(
+            micro_batches=micro,
+            normaliser=float(sum(int(part.completion_mask.sum()) for part in micro)),
+            num_samples=len(chosen),
+            num_tokens=sum(int(part.attention_mask.sum()) for part in micro),
+        )
+
+    def loss(self, micro_batch: Sequences, normaliser: float) -> LossOutput:
+        """Cross-entropy per completion token."""
+        tokens = token_logprobs(self.model, micro_batch)
+        return LossOutput(
+            loss=-masked_sum(tokens.logprob, tokens.mask).sum() / normaliser,
+            metrics={"entropy": tokens.entropy.sum() / normaliser},
+        )
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> Evaluation:
+        """Cross-entropy and perplexity on the validation rows."""
+        self.model.eval()
+        total, count = 0.0, 0
+        for part in self._collated(self.validation):
+            with self.precision.autocast():
+                tokens = token_logprobs(self.model, part)
+            total -= float(masked_sum(tokens.logprob, tokens.mask).sum())
+            count += int(tokens.mask.sum())
+        loss = total / count
+        return Evaluation({"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, score=-loss)
+
+    def save(self, folder: Path) -> None:
+        """Writes a Hugging Face folder."""
+        save_model(self.model, self.tokenizer, folder)
+
+    def _collated(self, rows: Sequence[TokenPair]) -> list[Sequences]:
+        size = self.settings.micro_batch_size or self.settings.batch_size
+        return [
+            collate(rows[start : start + size], int(self.tokenizer.pad_token_id)).to(self.precision.device)
+            for start in range(0, len(rows), size)
+        ]
