@@ -198,5 +198,7 @@ def check_context(config: RunConfig, key: str, model: PreTrainedModel) -> None:
     needed = config.data.max_prompt_tokens + config.data.max_completion_tokens
     if limit is not None and needed > limit:
         raise bad_value(
-            "data.max_prompt_tokens + data.max_completion_tokens", needed, f"at most the {limit} positions of {key}"
+            "data.max_prompt_tokens + data.max_completion_tokens",
+            needed,
+            f"at most the {limit} positions of {key}",
         )

@@ -62,7 +62,12 @@ _register("train-policy", "Train a policy against a reward model; builds the sta
 _register("eval", "Measure policies and reward models, with 95% intervals and differences to a reference.")
 
 
-@app.command("sweep", help=sweep_help(), short_help="Multirun of a command, then its table and plot.", context_settings=_FORWARD)
+@app.command(
+    "sweep",
+    help=sweep_help(),
+    short_help="Multirun of a command, then its table and plot.",
+    context_settings=_FORWARD,
+)
 def _sweep(context: typer.Context) -> None:
     from rlhf_cli.commands.sweep import sweep
 
@@ -71,7 +76,9 @@ def _sweep(context: typer.Context) -> None:
 
 @app.command("info")
 def _info(
-    path: Annotated[Path | None, typer.Argument(help="A run folder to describe; nothing = this installation.")] = None,
+    path: Annotated[
+        Path | None, typer.Argument(help="A run folder to describe; nothing = this installation.")
+    ] = None,
 ) -> None:
     """Versions, devices, config groups and cached stages; or what a run folder holds."""
     from rlhf_cli.commands.info import info

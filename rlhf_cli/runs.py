@@ -67,6 +67,7 @@ class Job:
         return RunRequest(
             folder=self.folder,
             command=self.command,
+            name=self.config.name,
             argv=self.argv,
             seed=seed,
             device=self.precision.device.type,
@@ -81,9 +82,7 @@ class Job:
     def _tracker(self, run_id: str) -> Tracker:
         if not self.tracked:
             return NullTracker()
-        return build.tracker(
-            self.config.logger, self.folder, run_id, self.config.name, self.group, self.flat
-        )
+        return build.tracker(self.config.logger, self.folder, run_id, self.config.name, self.group, self.flat)
 
 
 def train_sft(job: Job, seed: int) -> None:
@@ -98,9 +97,7 @@ def train_sft(job: Job, seed: int) -> None:
             model,
             tokenizer,
             encode_examples(tokenizer, data.sft, data.max_prompt_tokens, data.max_completion_tokens),
-            encode_examples(
-                tokenizer, data.sft_validation, data.max_prompt_tokens, data.max_completion_tokens
-            ),
+            encode_examples(tokenizer, data.sft_validation, data.max_prompt_tokens, data.max_completion_tokens),
             settings,
             job.precision,
             seed,

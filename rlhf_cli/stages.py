@@ -1,7 +1,7 @@
 """sft -> rm -> policy: finds the model a stage needs, or trains it once and keeps it under a digest.
 
-The digest covers what changes the artifact: settings, rows, seed, precision and the upstream artifacts' digests, plus a
-schema version that is raised when code changes what comes out. Jobs that need the same artifact at the same time
+The digest covers what changes the artifact: settings, rows, seed, precision and the upstream artifacts' digests, plus
+a schema version that is raised when code changes what comes out. Jobs that need the same artifact at the same time
 wait on a file lock, which dies with its process; an artifact appears under its name only when it is whole.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from rlhf_cli.build import starts_from_sft
-from rlhf_cli.config.schema import RunConfig, Standardize
+from rlhf_cli.config.schema import Standardize
 from rlhf_cli.data.dataset import rows_digest
 from rlhf_cli.errors import RequestError
 from rlhf_cli.models.loading import resolve_path
@@ -217,13 +217,13 @@ def _why_not_cached(cache: Path, key: StageKey) -> str:
         names = sorted({*parts, *key.parts})
         different = [name for name in names if parts.get(name) != key.parts.get(name)]
         if nearest is None or len(different) < nearest[0]:
-            shown = [f"{name} {parts.get(name)} -> {key.parts.get(name)}" for name in different]
+            shown = [_difference(name, parts.get(name), key.parts.get(name)) for name in different]
             nearest = (len(different), file.parent.name, shown)
     if nearest is None:
         return "nothing cached yet"
     count, name, shown = nearest
     more = f" and {count - 3} more" if count > 3 else ""
-    return f"nearest cached: {name}, differs in {_short(', '.join(shown[:3]))}{more}"
+    return f"nearest cached: {name}, differs in {', '.join(shown[:3])}{more}"
 
 
 def _description(folder: Path) -> str:
@@ -263,5 +263,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 160 else f"{text[:160]}..."
+def _difference(name: str, before: Any, now: Any) -> str:
+    """A changed key with its values; digests say nothing to a person."""
+    if any(isinstance(value, str) and len(value) == 64 for value in (before, now)):
+        return name
+    return f"{name} {before} -> {now}"

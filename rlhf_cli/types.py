@@ -62,9 +62,7 @@ class Sequences:
 
     def to(self, device: torch.device) -> Sequences:
         """The same rows on another device."""
-        return Sequences(
-            self.ids.to(device), self.attention_mask.to(device), self.completion_mask.to(device)
-        )
+        return Sequences(self.ids.to(device), self.attention_mask.to(device), self.completion_mask.to(device))
 
 
 @dataclass(frozen=True)

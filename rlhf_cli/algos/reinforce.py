@@ -2,12 +2,13 @@
 
     loss = -(1/N) sum_i (R_i - b) * log pi(y_i|x_i)
 
-Williams 1992; baseline forms: `ema` b <- alpha*b + (1-alpha)*mean(R) with b_0 = 0, and `mean`, the arithmetic mean over
-all steps so far (Ahmadian et al. 2024, eq. 8). R is the KL-shaped reward.
+Williams 1992; baseline forms: `ema` b <- alpha*b + (1-alpha)*mean(R) with b_0 = 0, and `mean`, the arithmetic mean
+over all steps so far (Ahmadian et al. 2024, eq. 8). R is the KL-shaped reward.
 
-`baseline_update="after"` uses the baseline of earlier steps, so the gradient is unbiased. "before" updates first, as the
-published Algorithm 1 does: the baseline then contains the very rewards it is subtracted from, which scales the
-expected gradient by 1 - (1-alpha)/N for `ema` (by 1 - 1/(n*N) at step n for `mean`: nothing is left at N = 1, n = 1).
+`baseline_update="after"` uses the baseline of earlier steps, so the gradient is unbiased. "before" updates first, as
+the published Algorithm 1 does: the baseline then contains the very rewards it is subtracted from, which scales the
+expected gradient by 1 - (1-alpha)/N for `ema`, and by 1 - 1/(n*N) at step n for `mean` (nothing is left at the first
+step of N = 1).
 """
 
 from __future__ import annotations

@@ -76,7 +76,11 @@ def _evaluate_pairs(job: Job, reward_model: RewardModel) -> dict[str, Estimate]:
 
 
 def _evaluate_policies(
-    job: Job, subjects: Sequence[_Subject], reference: Artifact, reward_model: RewardModel, recorder: RunRecorder
+    job: Job,
+    subjects: Sequence[_Subject],
+    reference: Artifact,
+    reward_model: RewardModel,
+    recorder: RunRecorder,
 ) -> dict[str, Cells]:
     config, data, device = job.config, job.data, job.precision.device
     prompts = data.prompts_test[config.eval.split][: config.eval.num_prompts]
@@ -230,7 +234,10 @@ def _show(table: Mapping[str, Cells], pairs: Mapping[str, Estimate], paths: Sequ
             metric = "gold/mean" if "gold/mean" in last else "reward/mean"
             console.print(f"{metric}: {resolution_note(delta)}", markup=False)
     for metric, estimate in pairs.items():
-        console.print(f"{metric} {estimate.value:.3f} [{estimate.lo:.3f}, {estimate.hi:.3f}] over {estimate.n} pairs", markup=False)
+        console.print(
+            f"{metric} {estimate.value:.3f} [{estimate.lo:.3f}, {estimate.hi:.3f}] over {estimate.n} pairs",
+            markup=False,
+        )
     for path in paths:
         if path.exists():
             console.print(str(display_path(path)), markup=False, soft_wrap=True)

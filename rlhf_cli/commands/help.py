@@ -78,7 +78,7 @@ def command_help(command: str, summary: str) -> str:
     return "\n\n".join(
         [
             summary,
-            "Arguments are Hydra overrides (key=value, group=choice) and Hydra flags (-m, --cfg job, --info, ...).",
+            "Arguments are Hydra overrides (key=value, group=choice) and Hydra flags (-m, --cfg job, ...).",
             _block("Config groups:", [(f"{g}=", "|".join(_choices(g))) for g in _GROUPS]),
             _block("Keys most used:", [*_KEYS[command], *_COMMON_KEYS]),
             "All keys with their values: " + f"rlhf {command} --cfg job",
@@ -98,7 +98,7 @@ def sweep_help() -> str:
         [
             "Run a command once for every combination of comma-separated values, then collect a table.",
             "rlhf sweep COMMAND [OVERRIDES...] with COMMAND one of train-sft, train-rm, train-policy, eval.",
-            "Writes sweep.csv (a row per job), summary.csv (mean and 95% interval over seeds) and plots/ into run_dir.",
+            "Writes sweep.csv (a row per job), summary.csv (mean and interval over seeds) and plots/ into run_dir.",
             _block("Examples:", [(example, "") for example in examples]),
         ]
     )

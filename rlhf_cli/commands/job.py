@@ -48,7 +48,7 @@ class Context:
 
 
 def run(cfg: DictConfig) -> None:
-    """Runs one job. In a sweep errors are raised, so that the sweep knows; a single run leaves them in `outcome`."""
+    """Runs one job. In a sweep errors are raised, so that the sweep knows; else they are left in `outcome`."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     in_sweep = hydra_config.mode == RunMode.MULTIRUN
@@ -63,7 +63,7 @@ def run(cfg: DictConfig) -> None:
             sweep=Path(hydra_config.sweep.dir).name if in_sweep else None,
             flat=_flat(OmegaConf.to_container(cfg, resolve=True)),
         )
-        _quiet_libraries()
+        _prepare_libraries()
         _dispatch(config, context)
     except Exception as error:
         if not isinstance(error, RequestError):
@@ -88,9 +88,12 @@ def _dispatch(config: RunConfig, context: Context) -> None:
             raise AssertionError(config.command)
 
 
-def _quiet_libraries() -> None:
-    """Progress bars and load reports of the libraries would run through ours."""
+def _prepare_libraries() -> None:
+    """Environment that has to be set before torch is loaded, and quiet libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # By default a thread that waits for the others spins; where processes share cores (the jobs of a sweep, CI) a
+    # step then takes 20 to 40 times as long. A short spin costs nothing when the cores are free.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

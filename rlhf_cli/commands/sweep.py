@@ -84,7 +84,11 @@ def collect(folder: Path) -> int:
         console.print(str(display_path(path)), markup=False, soft_wrap=True)
     failed = [job for job in jobs if job.status != "finished"]
     for job in failed:
-        console.print(f"job {job.number} {job.status}: {job.error or 'no reason recorded'}", markup=False, soft_wrap=True)
+        console.print(
+            f"job {job.number} {job.status}: {job.error or 'no reason recorded'}",
+            markup=False,
+            soft_wrap=True,
+        )
     return FAILED if failed else OK
 
 
@@ -101,7 +105,7 @@ def swept_keys(jobs: Sequence[JobRow]) -> list[str]:
 
 
 def grouped(jobs: Sequence[JobRow], keys: Sequence[str], metrics: Sequence[str]) -> list[dict[str, object]]:
-    """A row per combination of the swept keys other than seed: number of seeds, mean and interval of each metric."""
+    """A row per combination of the swept keys other than seed: number of seeds, and each metric over them."""
     rows: list[dict[str, object]] = []
     for labels, members in _groups(jobs, keys).items():
         row: dict[str, object] = dict(labels)

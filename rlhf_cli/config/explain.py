@@ -99,5 +99,3 @@ def _given_value(key: str, overrides: Sequence[str]) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-

@@ -1,6 +1,7 @@
 """The dataclasses behind every YAML: types, defaults and checks. Imports no torch.
 
-Fields are mutable and enums matched by name because OmegaConf asks for it; a `check` method holds what types cannot say.
+Fields are mutable and enums matched by name because OmegaConf asks for it; a `check` method holds what types
+cannot say.
 """
 
 from __future__ import annotations
@@ -148,7 +149,9 @@ class AlgoConfig:
             raise bad_value("algo.train.steps", None, "a whole number >= 1")
         if self.train.batch_size % self.k:
             raise bad_value(
-                "algo.train.batch_size", self.train.batch_size, f"a multiple of algo.k={self.k} (samples per step)"
+                "algo.train.batch_size",
+                self.train.batch_size,
+                f"a multiple of algo.k={self.k} (samples per step)",
             )
 
 
@@ -295,7 +298,7 @@ class RunConfig:
             raise bad_value(
                 "rollout.max_new_tokens",
                 self.rollout.max_new_tokens,
-                f"at most data.max_completion_tokens={self.data.max_completion_tokens}: a reward model never saw longer ones",
+                f"at most data.max_completion_tokens={self.data.max_completion_tokens}, the longest that is trained on",
             )
         needed = self.data.max_prompt_tokens + self.data.max_completion_tokens
         for where, model in (("model", self.model), ("rm.model", self.rm.model)):

@@ -8,7 +8,7 @@ from rlhf_cli.config import schema
 from rlhf_cli.data.settings import JsonlSettings, ReviewsSettings
 from rlhf_cli.models.settings import ModelSettings
 
-_SCHEMAS = {
+_SCHEMAS: dict[str, dict[str, type]] = {
     "schema": {"run": schema.RunConfig},
     "schema/algo": {"reinforce": schema.ReinforceConfig, "rloo": schema.RlooConfig},
     "schema/rm": {"scalar": schema.RmConfig},

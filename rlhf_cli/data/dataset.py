@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 

@@ -40,9 +40,7 @@ def load_jsonl(settings: JsonlSettings) -> Dataset:
     for name, part in (("train", train), ("validation", validation), ("test", test)):
         if not part:
             raise RequestError(
-                f"data.path={path}: {len(rows)} rows leave the {name} split empty; add rows or raise data.{name}_fraction"
-                if name != "train"
-                else f"data.path={path}: {len(rows)} rows leave the train split empty; add rows"
+                f"data.path={path}: {len(rows)} rows leave the {name} split empty; add rows or change the fractions"
             )
     return Dataset(
         name="jsonl",
@@ -100,7 +98,7 @@ def _preference(path: Path, number: int, line: str) -> Preference:
     except json.JSONDecodeError as error:
         raise RequestError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
     if not isinstance(row, dict):
-        raise RequestError(f"{where}: a {type(row).__name__}, expected an object with prompt, chosen and rejected")
+        raise RequestError(f"{where}: expected an object with prompt, chosen and rejected")
     for column in ("chosen", "rejected"):
         if column not in row:
             raise RequestError(f"{where}: no column {column}; it has {', '.join(sorted(row)) or 'none'}")
@@ -116,7 +114,7 @@ def _preference(path: Path, number: int, line: str) -> Preference:
         prompt = chosen_context
     else:
         raise RequestError(
-            f"{where}: no column prompt; without it chosen and rejected must be message lists with the same first turns"
+            f"{where}: no column prompt; without it chosen and rejected are message lists with the same first turns"
         )
     margin = row.get("margin", 0.0)
     if isinstance(margin, bool) or not isinstance(margin, int | float):
@@ -129,7 +127,9 @@ def _prompt(where: str, value: Any) -> Prompt:
         return value
     turns = _messages(where, "prompt", value)
     if turns[-1].role == "assistant":
-        raise RequestError(f"{where}, column prompt: ends with the assistant's turn, which belongs to chosen and rejected")
+        raise RequestError(
+            f"{where}, column prompt: ends with the assistant's turn, which belongs to chosen and rejected"
+        )
     return turns
 
 

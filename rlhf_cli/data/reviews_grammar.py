@@ -252,7 +252,7 @@ STYLES = (
     ("no verdict", 0.06),
     ("no opinion", 0.05),
 )
-QUALITY_MEAN, QUALITY_SD, CLAUSE_SD, VERDICT_SD = -0.5, 1.4, 0.6, 0.8
+QUALITY_MEAN, QUALITY_SD, CLAUSE_SD, VERDICT_SD = -0.5, 1.4, 0.6, 1.2
 
 
 def draw_continuation(draws: Draws, lexicon: Lexicon, kind: str) -> str:

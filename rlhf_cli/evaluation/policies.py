@@ -164,12 +164,16 @@ def summarise(
 
 
 def _sample(policy: Policy, questions: Questions) -> Rollout:
-    ids = [
-        tuple(encode_prompt(policy.tokenizer, p, questions.max_prompt_tokens)) for p in questions.prompts
-    ]
+    ids = [tuple(encode_prompt(policy.tokenizer, p, questions.max_prompt_tokens)) for p in questions.prompts]
     batch = PromptBatch(tuple(questions.prompts), tuple(ids), tuple(range(len(ids))))
     return generate(
-        policy.model, policy.tokenizer, batch, questions.samples_per_prompt, questions.sampling, questions.seed, 0
+        policy.model,
+        policy.tokenizer,
+        batch,
+        questions.samples_per_prompt,
+        questions.sampling,
+        questions.seed,
+        0,
     )
 
 

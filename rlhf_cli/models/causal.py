@@ -63,7 +63,5 @@ def full_kls(
     parts = []
     for start in range(0, len(sequences), micro_batch_size):
         rows = sequences[start : start + micro_batch_size]
-        parts.append(
-            full_kl(sequence_logits(policy, rows), sequence_logits(reference, rows), rows, temperature)
-        )
+        parts.append(full_kl(sequence_logits(policy, rows), sequence_logits(reference, rows), rows, temperature))
     return torch.cat(parts)

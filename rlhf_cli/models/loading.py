@@ -34,7 +34,7 @@ def resolve_path(key: str, path: str) -> str:
             if (candidate / "config.json").is_file():
                 return str(candidate)
         raise bad_value(key, path, "a run folder with model/, or a model folder with config.json")
-    looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or path.startswith("outputs/")
+    looks_local = path.startswith(("/", ".", "~", "outputs/")) or path.count("/") > 1
     if looks_local:
         raise RequestError(f"{key}={path}: no such folder")
     return path
@@ -50,9 +50,7 @@ def load_tokenizer(key: str, path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_causal_lm(
-    key: str, path: str, device: torch.device
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_causal_lm(key: str, path: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in float32 with its tokenizer, in eval mode (dropout off).
 
     Raises:
@@ -64,9 +62,7 @@ def load_causal_lm(
     return model.to(device).eval(), tokenizer
 
 
-def load_classifier(
-    key: str, path: str, device: torch.device
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_classifier(key: str, path: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A trained sequence classifier in float32 with its tokenizer, in eval mode."""
     tokenizer = load_tokenizer(key, path)
     model = _from_pretrained(AutoModelForSequenceClassification, key, path)

@@ -37,7 +37,9 @@ class ModelSettings:
                 raise bad_value(f"{where}.{key}", getattr(self, key), "a whole number >= 1")
         if self.hidden_size % (2 * self.num_heads):
             raise bad_value(
-                f"{where}.hidden_size", self.hidden_size, f"a multiple of 2 * {where}.num_heads={self.num_heads}"
+                f"{where}.hidden_size",
+                self.hidden_size,
+                f"a multiple of 2 * {where}.num_heads={self.num_heads}",
             )
         if self.vocab_size < 300:
             raise bad_value(f"{where}.vocab_size", self.vocab_size, "at least 300 (256 bytes, specials, merges)")

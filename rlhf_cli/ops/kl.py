@@ -39,8 +39,8 @@ def k3(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
 def shaped_reward(reward: Tensor, logprob: Tensor, ref_logprob: Tensor, beta: float) -> Tensor:
     """R_beta(x, y) = r(x, y) - beta * sum_t [log pi(y_t|.) - log ref(y_t|.)], detached.
 
-    The sequence-level k1 in the reward is what gives the gradient of -beta * KL(pi||ref) (RLOO, Ahmadian et al. 2024,
-    eq. 3). It is added before any baseline is subtracted.
+    The sequence-level k1 in the reward is what gives the gradient of -beta * KL(pi||ref) (RLOO, Ahmadian et al.
+    2024, eq. 3). It is added before any baseline is subtracted.
 
     Args:
         reward: float [N].

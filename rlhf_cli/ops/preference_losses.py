@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def bradley_terry_loss(chosen: Tensor, rejected: Tensor, normaliser: float, margin: Tensor | None = None) -> Tensor:
+def bradley_terry_loss(
+    chosen: Tensor, rejected: Tensor, normaliser: float, margin: Tensor | None = None
+) -> Tensor:
     """-(1/n) sum log sigmoid(r+ - r- - m) (Bradley & Terry 1952; margin: Touvron et al. 2023, eq. 2).
 
     Args:

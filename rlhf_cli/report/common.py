@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Protocol
+
+from rlhf_cli.train.atomic import write_bytes_atomic
 
 
 class Interval(Protocol):
@@ -57,16 +58,8 @@ def format_estimate(estimate: Interval, digits: int = 2, sign: bool = False) -> 
     return f"{value} [{format_number(estimate.lo, digits)}, {format_number(estimate.hi, digits)}]"
 
 
-def write_atomic(path: str | Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all; missing folders are made.
-
-    The bytes go to a hidden neighbour, which then takes the name in one step.
-    """
+def write_file(path: str | Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all; missing folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_bytes_atomic(path, content)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_cli.report.common import write_atomic
+from rlhf_cli.report.common import write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,4 +73,4 @@ def new_figure(path: str | Path, size: tuple[float, float], title: str) -> Itera
         png = io.BytesIO()
         # Without this key matplotlib writes its version into the file; it writes no date into a PNG.
         figure.savefig(png, format="png", dpi=_DPI, metadata={"Software": None})
-    write_atomic(path, png.getvalue())
+    write_file(path, png.getvalue())

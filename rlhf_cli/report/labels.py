@@ -94,9 +94,7 @@ def label_points(
         if best[0] > _DISTANCES[1]:  # far enough from its point to need a line to it
             line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
             offset = note.get_position()
-            axes.annotate("", (x, y), offset, textcoords="offset points", arrowprops=line).set_in_layout(
-                False
-            )
+            axes.annotate("", (x, y), offset, textcoords="offset points", arrowprops=line).set_in_layout(False)
 
 
 def _move(note: Annotation, place: tuple[float, int, float]) -> None:

@@ -26,7 +26,7 @@ from rlhf_cli.report.common import (
     format_estimate,
     format_number,
     is_interval,
-    write_atomic,
+    write_file,
 )
 
 MISSING = "-"
@@ -233,7 +233,7 @@ def write_csv(
     writer = csv.DictWriter(text, header, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
-    write_atomic(path, text.getvalue().encode("utf-8"))
+    write_file(path, text.getvalue().encode("utf-8", errors="replace"))
 
 
 def _flatten(row: Mapping[str, object]) -> dict[str, object]:

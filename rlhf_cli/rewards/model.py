@@ -1,7 +1,7 @@
 """The reward model: a plain sequence classifier plus the text format and scale it was trained with.
 
-What is saved is an ordinary Hugging Face folder; format and scale live in its config.json under `rlhf_reward`, so that
-transformers loads it without any code from here and gives the raw logits.
+What is saved is an ordinary Hugging Face folder; format and scale live in its config.json under `rlhf_reward`, so
+that transformers loads it without any code from here and gives the raw logits.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ def generate(
     stop_set = set(stop_ids)
     finished = [bool(row) and row[-1] in stop_set for row in tokens]
     texts = tokenizer.batch_decode(
-        [row[:-1] if done else row for row, done in zip(tokens, finished, strict=True)], skip_special_tokens=True
+        [row[:-1] if done else row for row, done in zip(tokens, finished, strict=True)],
+        skip_special_tokens=True,
     )
     prompt_ids = [list(ids) for ids in batch.ids for _ in range(k)]
     pad_id = int(tokenizer.pad_token_id)

@@ -1,7 +1,7 @@
 """Sampling noise as a pure function of (seed, step, prompt, sample, position).
 
-A counter-based generator (Philox, Salmon et al. 2011, as numpy ships it) is set up for each row, so no draw depends
-on how many were made before it: micro-batches, the order of rows, finished rows leaving the batch, the number
+A counter-based generator (Philox, Salmon et al. 2011, as numpy ships it) is set up for each row, so no draw
+depends on how many were made before it: micro-batches, the order of rows, finished rows leaving the batch, the number
 of processes and a resumed run all see the same numbers.
 """
 

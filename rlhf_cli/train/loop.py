@@ -204,7 +204,7 @@ def _forward_backward(
     for micro_batch in batch.micro_batches:
         with precision.autocast():
             output = task.loss(micro_batch, batch.normaliser)
-        scaler.scale(output.loss).backward()  # type: ignore[no-untyped-call]
+        scaler.scale(output.loss).backward()
         loss += float(output.loss.detach())
         for name, value in output.metrics.items():
             sums[name] = sums.get(name, 0.0) + float(value)

@@ -130,7 +130,11 @@ class PolicyTask:
                 0,
             )
             kl = full_kls(
-                self.model, self.reference, rollout.sequences, self.sampling.temperature, self.micro_batch_size
+                self.model,
+                self.reference,
+                rollout.sequences,
+                self.sampling.temperature,
+                self.micro_batch_size,
             ).cpu()
         scores = self.reward(rollout)
         metrics = {

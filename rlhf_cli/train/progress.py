@@ -127,9 +127,7 @@ class Progress:
         for key, value in self._values.items():
             name, number = _printable(key), format_number(value)
             width = max(len(name), 8)  # values change their length, columns do not move
-            blocks.append(
-                Text.assemble((f"{name:>{width}}", "dim"), "\n", f"{number:>{width}}", no_wrap=True)
-            )
+            blocks.append(Text.assemble((f"{name:>{width}}", "dim"), "\n", f"{number:>{width}}", no_wrap=True))
         return Group(self._bar, Columns(blocks, padding=(0, 3, 0, 0)))
 
     def _is_due(self, step: int) -> bool:

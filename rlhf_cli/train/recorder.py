@@ -20,6 +20,7 @@ class RunRequest:
 
     folder: Path
     command: str
+    name: str
     argv: Sequence[str]
     seed: int
     device: str
@@ -66,6 +67,7 @@ def recorded_run(request: RunRequest) -> Iterator[RunRecorder]:
     run = RunFolder.create(request.folder)
     record = run.start(
         command=request.command,
+        name=request.name,
         argv=request.argv,
         seed=request.seed,
         device=request.device,

@@ -38,6 +38,7 @@ class RunRecord:
     id: str  # random, the same over resumes: trackers know the run by it
     status: Status
     command: str  # "train-policy", ...
+    name: str  # what tables and plots call the run
     argv: list[str]  # as typed, values of secrets masked
     seed: int
     device: str
@@ -138,6 +139,7 @@ class RunFolder:
         self,
         *,
         command: str,
+        name: str,
         argv: Sequence[str],
         seed: int,
         device: str,
@@ -155,6 +157,7 @@ class RunFolder:
             id=uuid.uuid4().hex[:12],
             status="running",
             command=command,
+            name=name,
             argv=mask_secrets(argv),
             seed=seed,
             device=device,
@@ -227,9 +230,7 @@ class RunFolder:
             if path.exists():
                 lines = path.read_bytes().split(b"\n")
                 kept = [
-                    line
-                    for line, row in zip(lines, read_jsonl(path).rows, strict=False)
-                    if row["step"] <= step
+                    line for line, row in zip(lines, read_jsonl(path).rows, strict=False) if row["step"] <= step
                 ]
                 write_bytes_atomic(path, b"".join(line + b"\n" for line in kept))
 

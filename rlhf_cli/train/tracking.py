@@ -21,9 +21,7 @@ Mode = Literal["online", "offline", "disabled"]
 
 _INIT_TIMEOUT_S = 30.0
 _LOGIN_TIMEOUT_S = 60.0  # for the question wandb asks a person at a terminal who is not logged in
-_FINISH_TIMEOUT_S = (
-    120.0  # for uploading what is left; without one, a dead network holds the process for ever
-)
+_FINISH_TIMEOUT_S = 120.0  # for uploading what is left; without one, a dead network holds the process for ever
 _EXIT_CODES: dict[Status, int] = {"finished": 0, "failed": 1, "interrupted": 130, "running": 1}
 
 _log = logging.getLogger(__name__)
@@ -92,6 +90,7 @@ class WandbTracker:
             "dir": str(run_dir),
             "id": run_id,
             "resume": "allow",
+            "reinit": "finish_previous",  # the jobs of a sweep share a process; one may have died open
             "config": dict(config),
             "project": project,
             "entity": entity,
@@ -138,9 +137,7 @@ class WandbTracker:
         except Exception as error:
             if mode == "offline":
                 raise
-            _log.warning(
-                "W&B is not reachable, recording offline (`wandb sync` uploads it): %s", _line(error)
-            )
+            _log.warning("W&B is not reachable, recording offline (`wandb sync` uploads it): %s", _line(error))
             wandb.teardown()  # its service still holds the id of the failed attempt
             self._run = wandb.init(mode="offline", settings=_settings(), **start)
         self._run.define_metric("step")
@@ -170,9 +167,7 @@ class TensorBoardTracker:
     that. Raises RequestError where the package tensorboard is missing.
     """
 
-    def __init__(
-        self, run_dir: Path, *, config: Mapping[str, object], resumed_from: int | None = None
-    ) -> None:
+    def __init__(self, run_dir: Path, *, config: Mapping[str, object], resumed_from: int | None = None) -> None:
         if importlib.util.find_spec("tensorboard") is None:
             raise RequestError(
                 "logger=tensorboard: needs the package tensorboard; pip install 'rlhf-cli[tensorboard]'"
@@ -195,8 +190,7 @@ class TensorBoardTracker:
     def samples(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
         """Write the samples as one text."""
         blocks = [
-            "\n".join(f"{key}: {_cell(key, value)}" for key, value in row.items() if key != "step")
-            for row in rows
+            "\n".join(f"{key}: {_cell(key, value)}" for key, value in row.items() if key != "step") for row in rows
         ]
         self._writer.add_text("samples", _verbatim("\n\n".join(blocks)), step)
 
@@ -245,9 +239,7 @@ def _cell(key: str, value: object) -> str | float | None:
         return finite(value)
     prompt = plain_prompt(value)
     return (
-        prompt
-        if isinstance(prompt, str)
-        else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+        prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
     )
 
 

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rlhf_cli.report import common
-from rlhf_cli.report.common import write_atomic
 from rlhf_cli.report.tables import PolicyRow, WideTable, format_estimate, policy_table, sweep_table, write_csv
 
 
@@ -180,7 +178,7 @@ def test_table_of_exactly_the_width_is_not_split() -> None:
 
 
 def test_csv_reads_back_in_a_stable_order(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "sweep.csv"
+    path = tmp_path / "new" / "folder" / "sweep.csv"
     rows = [
         {"name": 'a, "b"\nc é', "reward/mean": Figure(0.1, -1 / 3, math.nan), "ok": True},
         {"kl": 1e-17, "name": None, "ok": math.nan},
@@ -190,9 +188,7 @@ def test_csv_reads_back_in_a_stable_order(tmp_path: Path) -> None:
         table = list(csv.DictReader(file))
     header = ["seed", "name", "reward/mean", "reward/mean_lo", "reward/mean_hi", "ok", "kl"]
     assert list(table[0]) == header
-    assert table[0] == dict(
-        zip(header, ["", 'a, "b"\nc é', "0.1", repr(-1 / 3), "", "True", ""], strict=True)
-    )
+    assert table[0] == dict(zip(header, ["", 'a, "b"\nc é', "0.1", repr(-1 / 3), "", "True", ""], strict=True))
     assert table[1] == dict(zip(header, ["", "", "", "", "", "", "1e-17"], strict=True))
     write_csv(tmp_path / "again.csv", rows, columns=["seed", "name"])
     assert (tmp_path / "again.csv").read_bytes() == path.read_bytes()
@@ -208,13 +204,11 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     write_csv(path, [{"a": 1}])
     assert [p.name for p in tmp_path.iterdir()] == ["x.csv"]
 
-    def half(self: Path, content: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(content[: len(content) // 2])
+    def fail(self: Path, target: Path) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(common.Path, "write_bytes", half)
+    monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="no space"):
-        write_atomic(path, b"a\n2\n")
+        write_csv(path, [{"a": 2}])
     assert path.read_bytes() == b"a\n1\n"
     assert [p.name for p in tmp_path.iterdir()] == ["x.csv"]

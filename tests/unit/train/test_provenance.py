@@ -14,6 +14,7 @@ from rlhf_cli.train.provenance import git_state, mask_secrets, versions
         "+logger.api_key=HUSH",
         "++logger.apiKey='HUSH'",
         "--api-key=HUSH",
+        "cloud.accessKey=HUSH",
         "hub.access_token=HUSH",
         "WANDB_API_KEY=HUSH",
         "key=HUSH",
@@ -36,6 +37,7 @@ def test_the_value_after_a_flag_is_masked():
     assert mask_secrets(argv) == [
         "train-policy", "--api-key", "***", "seed=1", "--token", "***", "--multirun", "x=2",
     ]  # fmt: skip
+    assert mask_secrets(["--api-key", "--token", "x"]) == ["--api-key", "***", "x"]
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,7 @@ def test_the_value_after_a_flag_is_masked():
         "data.max_prompt_tokens=448",
         "tokenizer=gpt2",
         "keyboard=3",
+        "monkey=3",
         "eval.key_metric=gold/mean",
         "optim={lr: 1e-5, betas: [0.9, 0.95]}",
         "--resolve",
@@ -80,9 +83,7 @@ def test_versions_come_from_the_installed_packages(monkeypatch: pytest.MonkeyPat
 
 def _git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]
-    done = subprocess.run(
-        ["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True
-    )
+    done = subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True)
     return done.stdout.strip()
 
 

@@ -29,6 +29,7 @@ def folder(tmp_path: Path) -> RunFolder:
 def _start(folder: RunFolder, resumed_from: int | None = None, argv: tuple[str, ...] = ("seed=1",)):
     return folder.start(
         command="train-policy",
+        name="rloo",
         argv=argv,
         seed=1,
         device="cpu",

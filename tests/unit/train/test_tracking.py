@@ -115,6 +115,7 @@ def test_wandb_offline_run_holds_metrics_config_summary_and_samples(
             tracker.samples(step, [])
     tracker.summary({"gold/mean": 0.25, "gold/std": None})
     tracker.finish("finished")
+    tracker.finish("failed")  # an error handler may not know that the run is over
     assert _warnings(caplog) == []
 
     (path,) = _files(run_dir)
@@ -168,6 +169,15 @@ def test_wandb_resume_goes_on_in_the_same_run_on_the_same_axis(wandb_home: Path)
         assert [(row["step"], row["_step"]) for row in _history(path)] == [(step, step) for step in steps]
     codes = [r.exit.exit_code for path in (first, second) for r in _records(path) if r.HasField("exit")]
     assert codes == [130, 0]
+
+
+def test_a_run_left_open_does_not_swallow_the_next(wandb_home: Path):
+    for name in ("a", "b"):
+        _wandb(wandb_home / name, run_id=name).log(1, {"loss": 1.0})
+    for name in ("a", "b"):
+        (path,) = _files(wandb_home / name)
+        assert path.name == f"run-{name}.wandb"
+        assert len(_history(path)) == 1
 
 
 @pytest.mark.parametrize(("mode", "files"), [("offline", 1), ("disabled", 0)])
