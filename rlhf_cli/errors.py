@@ -12,7 +12,8 @@ class RequestError(ValueError):
 
 def bad_value(key: str, value: object, expected: str) -> RequestError:
     """Error that names the key, the value it has and what it may be."""
-    return RequestError(f"{key}={value}: expected {expected}")
+    shown = "null" if value is None else value
+    return RequestError(f"{key}={shown}: expected {expected}")
 
 
 def bad_choice(key: str, value: object, choices: Iterable[str]) -> RequestError:

@@ -98,10 +98,9 @@ def _evaluate_policies(
     base = Policy(_reference_name(subjects), *load_causal_lm("reference.path", reference.path, device))
     measured: list[Measured] = []
     for place, subject in enumerate([None, *subjects]):
-        if subject is None:
-            policy = base
-        else:
-            policy = Policy(subject.name, *load_causal_lm("policies", subject.path, device))
+        policy = (
+            base if subject is None else Policy(subject.name, *load_causal_lm("policies", subject.path, device))
+        )
         one = measure(policy, base, reward_model, data.gold, questions, job.precision)
         measured.append(one)
         _append_rows(recorder.run.path / "per_prompt.jsonl", one)

@@ -5,15 +5,18 @@ Exit status: 0 done, 1 the run failed, 2 the request is wrong, 130 and 143 stopp
 
 from __future__ import annotations
 
+import argparse
 import copy
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -27,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf_cli.commands import job
 from rlhf_cli.commands.help import conf_path
 from rlhf_cli.config.explain import as_request_error
-from rlhf_cli.config.schema import Device, RunConfig
+from rlhf_cli.config.schema import Device, RunConfig, check_no_extra_keys
 from rlhf_cli.config.store import register
 from rlhf_cli.errors import RequestError
 
@@ -67,8 +70,6 @@ def launch_into(command: str, arguments: Sequence[str], multirun: bool = False) 
     except RequestError as error:
         return _report(str(error), WRONG_REQUEST), None
     except (HydraException, OmegaConfBaseException) as error:
-        if _full_error():
-            raise
         return _report(str(as_request_error(error, arguments)), WRONG_REQUEST), None
     except _Terminated:
         return _report("stopped by SIGTERM", TERMINATED), plan.folder
@@ -94,7 +95,7 @@ def _job_status(outcome: job.Outcome) -> int:
 
 def _checked(command: str, arguments: list[str], multirun: bool) -> tuple[_Plan, list[str]]:
     """Parses Hydra's flags, composes every job once and checks it, before anything is written."""
-    args = get_args_parser().parse_args(arguments)
+    args = _parsed(arguments)
     if args.experimental_rerun is not None:
         raise RequestError("--experimental-rerun: not supported, because it loads a pickle")
     for override in args.overrides:
@@ -124,6 +125,17 @@ def _checked(command: str, arguments: list[str], multirun: bool) -> tuple[_Plan,
     return _Plan(True, True, folder), [*flags, *kept, *pinned]
 
 
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """Hydra's flags and the overrides."""
+    parser = get_args_parser()
+
+    def error(message: str) -> NoReturn:
+        raise RequestError(message)
+
+    parser.error = error  # type: ignore[method-assign]
+    return parser.parse_args(arguments)
+
+
 def _check_sweep(config_name: str, overrides: Sequence[str], extra: Sequence[str]) -> Path:
     """Composes and checks every job of a sweep; returns the sweep's folder."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -145,6 +157,7 @@ def _check_job(composed: DictConfig) -> None:
         del plain["hydra"]
     config = OmegaConf.to_object(plain)
     assert isinstance(config, RunConfig), type(config)
+    check_no_extra_keys(config)
     config.check()
     if config.device not in (Device.auto, Device.cpu):
         from rlhf_cli.train.precision import resolve_device
@@ -153,9 +166,16 @@ def _check_job(composed: DictConfig) -> None:
 
 
 def _check_unused(folder: Path) -> None:
+    """A folder that can be written to and holds no run: Hydra would overwrite its .hydra/ before we see it."""
     used = [name for name in ("run.json", "metrics.jsonl", "model", "multirun.yaml") if (folder / name).exists()]
     if used:
         raise RequestError(f"run_dir={folder}: already holds a run ({used[0]}); choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"run_dir={folder}: cannot be created ({error.strerror})") from None
+    if not os.access(folder, os.W_OK):
+        raise RequestError(f"run_dir={folder}: cannot be written to")
 
 
 def _hydra(command: str, arguments: Sequence[str]) -> None:
@@ -201,6 +221,8 @@ def _full_error() -> bool:
 
 
 def _report(text: str, status: int) -> int:
+    if _full_error():
+        traceback.print_exc()
     print(f"rlhf: {text}", file=sys.stderr)
     return status
 

@@ -12,6 +12,7 @@ from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
     InterpolationKeyError,
+    InterpolationToMissingValueError,
     MissingMandatoryValue,
     OmegaConfBaseException,
     ValidationError,
@@ -46,10 +47,10 @@ def _omegaconf(error: OmegaConfBaseException, overrides: Sequence[str]) -> Reque
     given = _given_value(key, overrides)
     message = _one_line(str(error.msg or error).split("\n")[0])
     if isinstance(error, MissingMandatoryValue):
-        return RequestError(f"{key or message}: has to be given")
+        return RequestError(f"{key}: has to be given")
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         return _unknown_key(key, given, error)
-    if isinstance(error, InterpolationKeyError):
+    if isinstance(error, InterpolationKeyError | InterpolationToMissingValueError):
         return RequestError(f"{key}: {message}")
     if isinstance(error, ValidationError):
         expected = re.search(r"could not be converted to (\w+)", message)

@@ -6,8 +6,9 @@ cannot say.
 
 from __future__ import annotations
 
+import difflib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -322,3 +323,18 @@ def check_seed(key: str, seed: int) -> None:
     """Seeds key 64-bit counters: they are never negative."""
     if seed < 0:
         raise bad_value(key, seed, "a whole number >= 0")
+
+
+def check_no_extra_keys(node: Any, where: str = "") -> None:
+    """Raises RequestError for a key that no schema has: Hydra's `+key=value` adds it past the types."""
+    known = [field.name for field in fields(node)]
+    for name in vars(node):
+        key = f"{where}{name}"
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" (did you mean {where}{near[0]}?)" if near else ""
+            raise RequestError(
+                f"{key}: unknown key{hint}; {where.rstrip('.') or 'the top level'} has {', '.join(known)}"
+            )
+        if is_dataclass(getattr(node, name)):
+            check_no_extra_keys(getattr(node, name), f"{key}.")

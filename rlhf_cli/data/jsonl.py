@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,27 @@ _ROLES = ("system", "user", "assistant", "tool")
 def load_jsonl(settings: JsonlSettings) -> Dataset:
     """Reads the file and splits it by prompt, so that no prompt is on two sides.
 
+    With a test file of its own, rows whose prompt is in it are left out of training and validation.
+
     Raises:
         RequestError: naming file, line and column of what cannot be used.
     """
     path = _existing("data.path", settings.path)
     rows = list(read_preferences(path))
-    train, validation, test = split_by_prompt(
-        rows,
-        settings.validation_fraction,
-        0.0 if settings.test_path else settings.test_fraction,
-    )
-    if settings.test_path is not None:
+    if not rows:
+        raise RequestError(f"data.path={path}: has no rows")
+    if settings.test_path is None:
+        train, validation, test = split_by_prompt(rows, settings.validation_fraction, settings.test_fraction)
+    else:
         test_path = _existing("data.test_path", settings.test_path)
         test = list(read_preferences(test_path))
+        if not test:
+            raise RequestError(f"data.test_path={test_path}: has no rows")
+        tested = {row.prompt for row in test}
+        rows = [row for row in rows if row.prompt not in tested]
+        if not rows:
+            raise RequestError(f"data.path={path}: every prompt is also in data.test_path={test_path}")
+        train, validation, _ = split_by_prompt(rows, settings.validation_fraction, 0.0)
     for name, part in (("train", train), ("validation", validation), ("test", test)):
         if not part:
             raise RequestError(
@@ -65,8 +74,12 @@ def read_preferences(path: Path) -> Iterator[Preference]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (UnicodeDecodeError, OSError) as error:
-        raise RequestError(f"{path}: not readable as UTF-8 text ({error})") from error
+    except UnicodeDecodeError as error:
+        line_number = error.object.count(b"\n", 0, error.start) + 1
+        byte = error.object[error.start]
+        raise RequestError(f"{path}, line {line_number}: not UTF-8 text (byte 0x{byte:02x})") from error
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read ({error.strerror})") from error
     # not str.splitlines(): U+2028 and the like may stand inside a JSON string
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -96,7 +109,9 @@ def _preference(path: Path, number: int, line: str) -> Preference:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise RequestError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+        raise RequestError(f"{where}, character {error.colno}: not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{where}: a number is too long, or the nesting too deep, to be read") from error
     if not isinstance(row, dict):
         raise RequestError(f"{where}: expected an object with prompt, chosen and rejected")
     for column in ("chosen", "rejected"):
@@ -116,15 +131,23 @@ def _preference(path: Path, number: int, line: str) -> Preference:
         raise RequestError(
             f"{where}: no column prompt; without it chosen and rejected are message lists with the same first turns"
         )
-    margin = row.get("margin", 0.0)
-    if isinstance(margin, bool) or not isinstance(margin, int | float):
-        raise RequestError(f"{where}, column margin: expected a number")
-    return Preference(prompt, chosen, rejected, margin=float(margin))
+    return Preference(prompt, chosen, rejected, margin=_margin(where, row.get("margin", 0.0)))
+
+
+def _margin(where: str, value: Any) -> float:
+    """A finite number: json reads NaN and Infinity too, and one of them would make every weight NaN."""
+    try:
+        margin = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        margin = math.inf
+    if not math.isfinite(margin):
+        raise RequestError(f"{where}, column margin: expected a finite number")
+    return margin
 
 
 def _prompt(where: str, value: Any) -> Prompt:
     if isinstance(value, str):
-        return value
+        return _text(where, "prompt", value)
     turns = _messages(where, "prompt", value)
     if turns[-1].role == "assistant":
         raise RequestError(
@@ -136,7 +159,7 @@ def _prompt(where: str, value: Any) -> Prompt:
 def _completion(where: str, column: str, value: Any) -> tuple[tuple[Message, ...], str]:
     """The turns before the answer (none for a string), and the answer."""
     if isinstance(value, str):
-        answer: str = value
+        answer = _text(where, column, value)
         context: tuple[Message, ...] = ()
     else:
         turns = _messages(where, column, value)
@@ -159,8 +182,18 @@ def _messages(where: str, column: str, value: Any) -> tuple[Message, ...]:
             raise RequestError(
                 f"{where}, column {column}: role {turn.get('role')!r} is not one of {', '.join(_ROLES)}"
             )
-        turns.append(Message(turn["role"], turn["content"]))
+        turns.append(Message(turn["role"], _text(where, column, turn["content"])))
     return tuple(turns)
+
+
+def _text(where: str, column: str, text: str) -> str:
+    r"""The text itself, where tokenizers can read it: JSON can spell half a character, as in "\ud83d"."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise RequestError(f"{where}, column {column}: {half} is one half of a character") from error
+    return text
 
 
 def _unique_prompts(rows: Sequence[Preference]) -> list[Prompt]:
@@ -170,6 +203,8 @@ def _unique_prompts(rows: Sequence[Preference]) -> list[Prompt]:
 def _existing(key: str, path: str | None) -> Path:
     assert path is not None
     file = Path(path).expanduser()
+    if file.is_dir():
+        raise RequestError(f"{key}={path}: is a folder; expected a .jsonl file")
     if not file.is_file():
         raise RequestError(f"{key}={path}: no such file")
     return file

@@ -39,7 +39,11 @@ def plain_chat(turns: Sequence[Message]) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_tokens: int) -> list[int]:
-    """Ids of a prompt, never empty; of a long one the END is kept, because the completion follows it."""
+    """Ids of a prompt, never empty.
+
+    Of a long one the END is kept, because the completion follows it, and with it the token that every text of this
+    tokenizer starts with (BOS, CLS), where it has one.
+    """
     text, has_specials = render_prompt(prompt, tokenizer)
     ids = list(tokenizer(text, add_special_tokens=not has_specials)["input_ids"])
     if ids and not has_specials and ids[-1] == tokenizer.eos_token_id:
@@ -49,16 +53,27 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_tokens
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         assert start is not None, "an empty prompt needs a tokenizer with a BOS or EOS token"
         ids = [start]
+    if len(ids) <= max_tokens:
+        return ids
+    has_start = ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id)
+    if has_start and max_tokens > 1:
+        return [ids[0], *ids[len(ids) - max_tokens + 1 :]]
     return ids[-max_tokens:]
 
 
 def encode_completion(
     tokenizer: PreTrainedTokenizerBase, completion: str, max_tokens: int, append_eos: bool
 ) -> list[int]:
-    """Ids of a completion with EOS at its end; one longer than `max_tokens` is cut and has no EOS."""
+    """Ids of a completion with one EOS, at its end; one longer than `max_tokens` is cut and has no EOS.
+
+    Where the text spells the EOS token out, as some data does at its end, the completion ends there.
+    """
     ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
-    if append_eos and tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
+    eos_id = tokenizer.eos_token_id
+    if eos_id in ids:
+        ids = ids[: ids.index(eos_id)]
+    if append_eos and eos_id is not None:
+        ids.append(eos_id)
     return ids[:max_tokens]
 
 

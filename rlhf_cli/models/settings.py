@@ -26,12 +26,14 @@ class ModelSettings:
     num_layers: int = 4
     num_heads: int = 4
     intermediate_size: int = 384
-    vocab_size: int = 768  # upper limit of the tokenizer trained on the embedded corpus
+    vocab_size: int = 1024  # upper limit of the tokenizer trained on the embedded corpus
     max_positions: int = 256  # longest prompt + completion, in tokens
     lr: LearningRates = field(default_factory=LearningRates)
 
     def check(self, where: str) -> None:
         """Raises RequestError for impossible sizes; `where` is the key prefix."""
+        if self.path is None and self.name != "tiny":
+            raise bad_value(f"{where}.path", None, "a local folder or hub id")
         for key in ("hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions"):
             if getattr(self, key) < 1:
                 raise bad_value(f"{where}.{key}", getattr(self, key), "a whole number >= 1")

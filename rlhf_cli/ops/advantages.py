@@ -15,7 +15,7 @@ def leave_one_out(reward: Tensor, samples_per_prompt: int) -> Tensor:
         samples_per_prompt: k >= 2.
 
     Returns:
-        float [N]; sums to 0 over each prompt.
+        float [N]; sums to 0 over each prompt, and is exactly 0 where all its rewards are equal.
 
     >>> import torch
     >>> leave_one_out(torch.tensor([1.0, 3.0, 0.0, 0.0]), 2).tolist()
@@ -25,8 +25,9 @@ def leave_one_out(reward: Tensor, samples_per_prompt: int) -> Tensor:
     assert k >= 2, k
     assert reward.shape[0] % k == 0, (reward.shape, k)
     groups = reward.view(-1, k)
-    others = (groups.sum(dim=1, keepdim=True) - groups) / (k - 1)
-    return (groups - others).reshape(-1)
+    # The mean of differences, not the difference of means: equal rewards then give exactly 0, which an optimizer
+    # that divides by the gradient's size would otherwise blow up from rounding to a whole step.
+    return ((groups[:, :, None] - groups[:, None, :]).sum(dim=-1) / (k - 1)).reshape(-1)
 
 
 def ema_baseline(baseline: float, batch_mean: float, alpha: float) -> float:
