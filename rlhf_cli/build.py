@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -74,6 +75,8 @@ def _reviews(settings: ReviewsSettings, num_validation_prompts: int) -> Dataset:
     held_out = min(num_validation_prompts, len(train_prompts) - _MIN_TRAINING_PROMPTS)
     if held_out < 1:
         raise bad_value("data.num_prompts", settings.num_prompts, f"at least {_MIN_TRAINING_PROMPTS + 1}")
+    validation_prompts = train_prompts[-held_out:]
+    seen_again = set(validation_prompts)  # openings are drawn with replacement
     return Dataset(
         name=settings.name,
         sft=reviews.sft_examples(spec, "train"),
@@ -81,8 +84,8 @@ def _reviews(settings: ReviewsSettings, num_validation_prompts: int) -> Dataset:
         pairs=reviews.preference_pairs(spec, "train"),
         pairs_validation=reviews.preference_pairs(spec, "validation"),
         pairs_test={split: reviews.preference_pairs(spec, split) for split in ("test", "ood")},
-        prompts=train_prompts[:-held_out],
-        prompts_validation=train_prompts[-held_out:],
+        prompts=[prompt for prompt in train_prompts[:-held_out] if prompt not in seen_again],
+        prompts_validation=validation_prompts,
         prompts_test={split: reviews.prompts(spec, split) for split in ("test", "ood")},
         max_prompt_tokens=settings.max_prompt_tokens,
         max_completion_tokens=settings.max_completion_tokens,
@@ -111,7 +114,14 @@ def starts_from_sft(config: RunConfig) -> bool:
     """Whether the reward model starts from the SFT model's weights; its own backbone otherwise."""
     if config.rm.init is not RmInit.auto:
         return config.rm.init is RmInit.sft
-    return config.rm.model == config.model
+    return _same_backbone(config.rm.model, config.model)
+
+
+def _same_backbone(one: ModelSettings, other: ModelSettings) -> bool:
+    """Whether two settings mean the same starting weights; names and learning rates do not change them."""
+    if one.path is not None or other.path is not None:
+        return one.path == other.path
+    return replace(one, name=other.name, lr=other.lr) == other
 
 
 def new_reward_model(config: RunConfig, sft_path: str, device: torch.device) -> RewardModel:

@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from rlhf_cli import build
 from rlhf_cli.config.schema import RunConfig, Standardize
 from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.data.tokenise import encode_examples, encode_prompt
 from rlhf_cli.models.loading import load_causal_lm, parameter_counts
 from rlhf_cli.report.plots import training_curves
-from rlhf_cli.rewards.model import RewardModel, load_reward_model
+from rlhf_cli.rewards.model import RewardModel, load_reward_model, store_scale
 from rlhf_cli.rollout.engine import Sampling, generate
 from rlhf_cli.train.loop import FitResult, Task, fit
 from rlhf_cli.train.policy import PolicyPlan, PolicyTask
@@ -226,7 +224,5 @@ def _standardise(job: Job, seed: int, sft: Artifact) -> dict[str, float]:
     mean, std = float(raw.mean()), float(raw.std())
     for name in ("model", "model_best", "model_last"):
         if (job.folder / name).is_dir():
-            load_reward_model("rm.path", str(job.folder / name), torch.device("cpu")).with_scale(mean, std).save(
-                job.folder / name
-            )
+            store_scale(job.folder / name, mean, std)
     return {"rm/sft_mean": mean, "rm/sft_std": std}

@@ -27,12 +27,16 @@ from rlhf_cli.errors import RequestError
 from rlhf_cli.models.loading import resolve_path
 from rlhf_cli.models.settings import ModelSettings
 from rlhf_cli.runs import Artifact, Job, train_rm, train_sft
+from rlhf_cli.files import replace_folder_atomic
 from rlhf_cli.train.settings import TrainSettings
 
 # Raised when a change of code changes an artifact for the same settings.
 SCHEMA_VERSION = 1
 
 _KEY_FILE = "stage.json"
+
+# What a model folder is loaded from: weights, configs, and the several forms of a tokenizer.
+_MODEL_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".txt", ".model"})
 
 Say = Callable[[str], None]
 
@@ -93,7 +97,7 @@ def sft_key(job: Job) -> StageKey:
                 "schema": SCHEMA_VERSION,
                 "seed": config.sft.seed,
                 "precision": job.precision.name,
-                "model": _backbone(config.model),
+                "model": _backbone("model", config.model),
                 "data.rows": rows_digest(data.sft, data.sft_validation),
                 "data.max_prompt_tokens": data.max_prompt_tokens,
                 "data.max_completion_tokens": data.max_completion_tokens,
@@ -119,7 +123,7 @@ def rm_key(job: Job, sft: Artifact) -> StageKey:
         "rm.use_margin": rm.use_margin,
         "rm.standardize": rm.standardize,
         "rm.train": _training(rm.train),
-        "rm.model": "sft" if starts_from_sft(config) else _backbone(rm.model),
+        "rm.model": "sft" if starts_from_sft(config) else _backbone("rm.model", rm.model),
     }
     scaled = rm.standardize is Standardize.sft_samples
     if scaled:
@@ -135,12 +139,13 @@ def rm_key(job: Job, sft: Artifact) -> StageKey:
 
 
 def file_digest(path: str) -> str:
-    """Digest of a model folder's weights and config; of the name itself for a hub id."""
+    """Digest of a model folder's weights, config, tokenizer and chat template; of the name itself for a hub id."""
     folder = Path(path)
     if not folder.is_dir():
         return hashlib.sha256(path.encode()).hexdigest()
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+    files = (file for file in folder.iterdir() if file.suffix in _MODEL_SUFFIXES)
+    for file in sorted(files, key=lambda file: file.name):
         digest.update(file.name.encode() + b"\0")
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -182,7 +187,7 @@ def _train_into(folder: Path, key: StageKey, train: Callable[[Path], None]) -> N
     building = folder.parent / f".building-{folder.name}-{os.getpid()}"
     train(building)
     (building / _KEY_FILE).write_text(json.dumps(dict(key.parts), indent=2, sort_keys=True), encoding="utf-8")
-    building.rename(folder)
+    replace_folder_atomic(building, folder)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -237,11 +242,10 @@ def _stage_job(job: Job, folder: Path, command: str) -> Job:
     return replace(job, folder=folder, command=command, tracked=False)
 
 
-def _backbone(settings: ModelSettings) -> dict[str, Any]:
-    """What decides the starting weights; learning rates belong to the stages."""
+def _backbone(key: str, settings: ModelSettings) -> dict[str, Any]:
+    """What decides the starting weights: not where they lie, and not learning rates, which belong to the stages."""
     if settings.path is not None:
-        path = resolve_path("model.path", settings.path)
-        return {"path": path, "weights": file_digest(path)}
+        return {"weights": file_digest(resolve_path(f"{key}.path", settings.path))}
     values = asdict(settings)
     return {key: value for key, value in values.items() if key not in ("name", "path", "lr")}
 

@@ -95,7 +95,8 @@ def _evaluate_policies(
         samples_per_prompt=config.eval.samples_per_prompt,
         seed=derive_seed(config.seed, "eval"),
     )
-    base = Policy(_reference_name(subjects), *load_causal_lm("reference.path", reference.path, device))
+    name = "sft" if config.reference.path is None else "reference"
+    base = Policy(name, *load_causal_lm("reference.path", reference.path, device))
     measured: list[Measured] = []
     for place, subject in enumerate([None, *subjects]):
         policy = (
@@ -144,16 +145,12 @@ def _named(subjects: Sequence[_Subject]) -> list[_Subject]:
         if names.count(name) > 1:
             folder = Path(subject.path)
             name = (folder.parent if folder.name == "model" else folder).name
-        taken = {one.name for one in result} | {"sft", "rm"}
+        taken = {one.name for one in result} | {"sft", "reference", "rm"}
         unique, number = name, 2
         while unique in taken:
             unique, number = f"{name}-{number}", number + 1
         result.append(_Subject(unique, subject.path, subject.upstream))
     return result
-
-
-def _reference_name(subjects: Sequence[_Subject]) -> str:
-    return "sft"
 
 
 def _reference(job: Job, subjects: Sequence[_Subject]) -> Artifact | None:

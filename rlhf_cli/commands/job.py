@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class Context:
 
 def run(cfg: DictConfig) -> None:
     """Runs one job. In a sweep errors are raised, so that the sweep knows; else they are left in `outcome`."""
+    prepare_environment()
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     in_sweep = hydra_config.mode == RunMode.MULTIRUN
@@ -63,7 +65,10 @@ def run(cfg: DictConfig) -> None:
             sweep=Path(hydra_config.sweep.dir).name if in_sweep else None,
             flat=_flat(OmegaConf.to_container(cfg, resolve=True)),
         )
-        _prepare_libraries()
+        _quiet_libraries()
+        if in_sweep:
+            chosen = [line for line in hydra_config.overrides.task if not line.startswith("run_dir=")]
+            print(f"job {hydra_config.job.num}: {' '.join(chosen)}", file=sys.stderr, flush=True)
         _dispatch(config, context)
     except Exception as error:
         if not isinstance(error, RequestError):
@@ -88,12 +93,16 @@ def _dispatch(config: RunConfig, context: Context) -> None:
             raise AssertionError(config.command)
 
 
-def _prepare_libraries() -> None:
-    """Environment that has to be set before torch is loaded, and quiet libraries."""
+def prepare_environment() -> None:
+    """What libraries read from the environment when they are loaded; values the user set are kept."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # By default a thread that waits for the others spins; where processes share cores (the jobs of a sweep, CI) a
     # step then takes 20 to 40 times as long. A short spin costs nothing when the cores are free.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and load reports of the libraries would run through ours."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

@@ -61,6 +61,7 @@ def launch(command: str, arguments: Sequence[str], multirun: bool = False) -> in
 def launch_into(command: str, arguments: Sequence[str], multirun: bool = False) -> tuple[int, Path | None]:
     """As `launch`, with the folder of the run or sweep where it got that far."""
     register()
+    job.prepare_environment()
     plan = _Plan(runs=False, multirun=False, folder=None)
     try:
         with _signals():

@@ -291,6 +291,11 @@ class RunConfig:
         self.rollout.check()
         self.eval.check()
         self._check_lengths()
+        for stage, command in (("sft", "train-sft"), ("rm", "train-rm")):
+            if self.command == command and getattr(self, stage).path is not None:
+                raise bad_value(
+                    f"{stage}.path", getattr(self, stage).path, f"null, because {command} trains that model"
+                )
         if not self.stages.auto:
             self._check_paths()
 

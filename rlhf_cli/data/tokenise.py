@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_cli.errors import RequestError
 from rlhf_cli.types import Example, Message, Preference, PreferenceBatch, Prompt, Sequences
 
 _ROLE_NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
@@ -23,12 +25,19 @@ def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[s
 
     Chat turns use the tokenizer's chat template where it has one, and "Role: content" paragraphs that end in
     "Assistant:" otherwise.
+
+    Raises:
+        RequestError: the chat template refuses the turns, as some do with a system message.
     """
     if isinstance(prompt, str):
         return prompt, False
     if tokenizer.chat_template:
         turns = [{"role": turn.role, "content": turn.content} for turn in prompt]
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), True
+        try:
+            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), True
+        except TemplateError as error:
+            roles = ", ".join(turn.role for turn in prompt)
+            raise RequestError(f"prompt with the roles {roles}: the chat template refuses it ({error})") from error
     return plain_chat(prompt), False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -46,7 +47,8 @@ def score_pairs(reward_model: RewardModel, pairs: Sequence[Preference], precisio
 def summarise_pairs(scores: PairScores, num_resamples: int, seed: int) -> Mapping[str, Estimate]:
     """rm/accuracy (a tie counts one half), rm/margin (raw), rm/nll (nats), rm/ece (15 bins, symmetrised).
 
-    The ECE's interval is that of its resamples: |.| makes them larger on average than the figure itself.
+    Resamples of the ECE are larger on average than the figure itself, because |.| adds up their noise: its interval
+    is that of the resamples, moved back by their mean excess.
     """
     margin, probability = scores.margin, scores.probability
     bootstrap = Bootstrap(len(margin), num_resamples, seed)
@@ -62,10 +64,13 @@ def _calibration(probability: Column, num_resamples: int, seed: int) -> Estimate
     n = len(probability)
     outcome = np.ones(n)
     value = expected_calibration_error(probability, outcome)
+    if n == 1:
+        return Estimate(value, math.nan, math.nan, n)
     rng = np.random.Generator(np.random.Philox(key=[seed, n]))
     resampled = [
         expected_calibration_error(probability[rng.integers(0, n, n)], outcome)
         for _ in range(min(num_resamples, 1000))
     ]
-    lo, hi = np.quantile(resampled, [0.025, 0.975])
+    excess = float(np.mean(resampled)) - value
+    lo, hi = np.clip(np.quantile(resampled, [0.025, 0.975]) - excess, 0.0, 1.0)
     return Estimate(value, float(lo), float(hi), n)

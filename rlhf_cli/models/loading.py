@@ -34,8 +34,10 @@ def resolve_path(key: str, path: str) -> str:
             if (candidate / "config.json").is_file():
                 return str(candidate)
         raise bad_value(key, path, "a run folder with model/, or a model folder with config.json")
+    if folder.exists():
+        raise RequestError(f"{key}={path}: is a file; expected the folder of a run or of a model")
     looks_local = path.startswith(("/", ".", "~", "outputs/")) or path.count("/") > 1
-    if looks_local:
+    if looks_local or ("/" in path and folder.parent.is_dir()):
         raise RequestError(f"{key}={path}: no such folder")
     return path
 
@@ -44,8 +46,8 @@ def load_tokenizer(key: str, path: str) -> PreTrainedTokenizerBase:
     """Tokenizer of a folder or hub id, with a pad token of its own."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _unusable(key, path, error) from error
+    except Exception as error:  # a broken tokenizer.json raises anything, a bare Exception from Rust included
+        raise _unusable(key, path, "its tokenizer", error) from error
     ensure_pad_token(tokenizer)
     return tokenizer
 
@@ -54,18 +56,26 @@ def load_causal_lm(key: str, path: str, device: torch.device) -> tuple[PreTraine
     """A causal language model in float32 with its tokenizer, in eval mode (dropout off).
 
     Raises:
-        RequestError: the path holds no causal language model.
+        RequestError: the path holds no causal language model, or one without all of its weights.
     """
     tokenizer = load_tokenizer(key, path)
-    model = _from_pretrained(AutoModelForCausalLM, key, path)
+    model, missing = _from_pretrained(AutoModelForCausalLM, key, path)
+    if any(name.endswith("ForSequenceClassification") for name in model.config.architectures or ()):
+        raise RequestError(f"{key}={path}: is a sequence classifier (a reward model); expected a language model")
+    _require_weights(key, path, missing)
     fit_embeddings(model, tokenizer)
     return model.to(device).eval(), tokenizer
 
 
 def load_classifier(key: str, path: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A trained sequence classifier in float32 with its tokenizer, in eval mode."""
+    """A trained sequence classifier in float32 with its tokenizer, in eval mode.
+
+    Raises:
+        RequestError: the path holds no sequence classifier, or one without all of its weights.
+    """
     tokenizer = load_tokenizer(key, path)
-    model = _from_pretrained(AutoModelForSequenceClassification, key, path)
+    model, missing = _from_pretrained(AutoModelForSequenceClassification, key, path)
+    _require_weights(key, path, missing)
     fit_embeddings(model, tokenizer)
     return model.to(device).eval(), tokenizer
 
@@ -73,11 +83,19 @@ def load_classifier(key: str, path: str, device: torch.device) -> tuple[PreTrain
 def load_backbone_as_classifier(
     key: str, path: str, device: torch.device, seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The backbone of any model under a new head with one label, the head a pure function of `seed`."""
+    """The backbone of any model under a new head with one label, the head a pure function of `seed`.
+
+    Raises:
+        RequestError: the path holds no model with a classifier form, or one without all of its backbone's weights.
+    """
     tokenizer = load_tokenizer(key, path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _from_pretrained(AutoModelForSequenceClassification, key, path, num_labels=1)
+        model, missing = _from_pretrained(AutoModelForSequenceClassification, key, path, num_labels=1)
+        backbone = f"{model.base_model_prefix}."
+        _require_weights(key, path, [name for name in missing if name.startswith(backbone)])
+        if any(not name.startswith(backbone) and name not in missing for name, _ in model.named_parameters()):
+            _replace_head(model, seed)  # the path is a classifier itself: its head does not stay
         fit_embeddings(model, tokenizer)
     return model.to(device).eval(), tokenizer
 
@@ -115,10 +133,20 @@ def build_tiny(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed
 
 
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives the model the tokenizer's pad id and a row for every token (a larger table stays as it is)."""
-    if model.get_input_embeddings().weight.shape[0] < len(tokenizer):
-        # mean_resizing would draw the new row from a fitted normal; a pad row is never attended to
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    """Gives the model the tokenizer's pad id and a row for every token (a larger table stays as it is).
+
+    New rows are the mean of the old ones, so two loads of a model are equal, and a policy hardly ever samples the new
+    token: its logit is the mean of the old logits, hence its probability at most 1/V (Jensen). A random row has a
+    logit near 0, which in GPT-2 is far above all others.
+    """
+    num_old = model.get_input_embeddings().weight.shape[0]
+    if num_old < len(tokenizer):
+        with torch.random.fork_rng(devices=[]):  # the rows are drawn before they are set
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for values in () if layer is None else (layer.weight, getattr(layer, "bias", None)):
+                if values is not None:
+                    values.data[num_old:] = values.data[:num_old].mean(0)
     model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -157,15 +185,43 @@ def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
     }
 
 
-def _from_pretrained(auto_class: Any, key: str, path: str, **extra: Any) -> PreTrainedModel:
+def _from_pretrained(auto_class: Any, key: str, path: str, **extra: Any) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of its weights that the path does not have (or has in another shape)."""
     try:
-        return auto_class.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, **extra
+        model, info = auto_class.from_pretrained(
+            path,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below; the error of transformers points to a report in its log
+            **extra,
         )
-    except (OSError, ValueError) as error:
-        raise _unusable(key, path, error) from error
+    except (
+        Exception
+    ) as error:  # broken configs and weights raise anything: TypeError, SafetensorError, RuntimeError
+        raise _unusable(key, path, "it", error) from error
+    return model, sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
 
 
-def _unusable(key: str, path: str, error: Exception) -> RequestError:
+def _require_weights(key: str, path: str, missing: Sequence[str]) -> None:
+    """transformers fills in random weights and warns; a result would look like a model and be none."""
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise RequestError(
+            f"{key}={path}: cannot be loaded (no weights of the right shape for {missing[0]}{more})"
+        )
+
+
+def _replace_head(model: PreTrainedModel, seed: int) -> None:
+    """Puts a head in place that is a function of the config and `seed`."""
+    torch.manual_seed(seed)
+    fresh = dict(type(model)(model.config).named_parameters())
+    for name, parameter in model.named_parameters():
+        if not name.startswith(f"{model.base_model_prefix}."):
+            parameter.data.copy_(fresh[name].data)
+
+
+def _unusable(key: str, path: str, what: str, error: Exception) -> RequestError:
     reason = " ".join(str(error).split())
-    return RequestError(f"{key}={path}: cannot be loaded ({reason[:300]})")
+    return RequestError(f"{key}={path}: {what} cannot be loaded ({type(error).__name__}: {reason[:300]})")

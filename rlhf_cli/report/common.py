@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Protocol
 
-from rlhf_cli.train.atomic import write_bytes_atomic
+from rlhf_cli.files import write_bytes_atomic
 
 
 class Interval(Protocol):

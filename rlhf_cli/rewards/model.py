@@ -6,9 +6,10 @@ that transformers loads it without any code from here and gives the raw logits.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.data.tokenise import TokenPair, collate, encode_completion, encode_prompt
 from rlhf_cli.errors import RequestError
+from rlhf_cli.files import write_json_atomic
 from rlhf_cli.models.loading import load_classifier, save_model
 from rlhf_cli.ops.masks import last_true
 from rlhf_cli.types import Prompt, Scores, Sequences
@@ -89,15 +91,6 @@ class RewardModel:
             raw[chosen] = score_sequences(self.model, batch.to(self.model.device)).float().cpu()
         return Scores(reward=self.format.standardise(raw), raw=raw)
 
-    def with_scale(self, mean: float, std: float) -> RewardModel:
-        """The same model, standardised with another mean and standard deviation."""
-        if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
-            raise RequestError(
-                f"rm.standardize: the reward model gives mean {mean} and std {std} on SFT samples; "
-                "it has learned nothing it could be scaled by"
-            )
-        return RewardModel(self.model, self.tokenizer, replace(self.format, mean=mean, std=std))
-
     def save(self, folder: Path) -> None:
         """Writes a Hugging Face folder."""
         setattr(self.model.config, _CONFIG_KEY, asdict(self.format))
@@ -128,6 +121,23 @@ def score_sequences(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     return head(pooled)[:, 0]
 
 
+def store_scale(folder: Path, mean: float, std: float) -> None:
+    """Writes mean and standard deviation of the raw score into a saved reward model's config.
+
+    Raises:
+        RequestError: they cannot scale anything, because all scores are equal or one is not finite.
+    """
+    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise RequestError(
+            f"rm.standardize: the reward model gives mean {mean} and std {std} on SFT samples; "
+            "it has learned nothing it could be scaled by"
+        )
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config[_CONFIG_KEY] |= {"mean": mean, "std": std}
+    write_json_atomic(file, config)
+
+
 def load_reward_model(key: str, path: str, device: torch.device) -> RewardModel:
     """A reward model saved by this project.
 
@@ -142,4 +152,9 @@ def load_reward_model(key: str, path: str, device: torch.device) -> RewardModel:
     unknown = sorted(set(stored) - known)
     if unknown:
         raise RequestError(f"{key}={path}: unknown {_CONFIG_KEY} settings {', '.join(unknown)}")
+    absent = sorted({field.name for field in fields(RewardFormat) if field.default is MISSING} - set(stored))
+    if absent:
+        raise RequestError(f"{key}={path}: {_CONFIG_KEY} has no {', '.join(absent)}")
+    if model.config.num_labels != 1:
+        raise RequestError(f"{key}={path}: has {model.config.num_labels} labels; a scalar reward model has one")
     return RewardModel(model, tokenizer, RewardFormat(**stored))

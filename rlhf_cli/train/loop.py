@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from rlhf_cli.train.atomic import replace_folder_atomic
+from rlhf_cli.files import replace_folder_atomic
 from rlhf_cli.train.optim import build_optimizer, lr_factor
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.train.seeding import seed_dropout

@@ -37,7 +37,7 @@ def lr_factor(settings: TrainSettings, step: int, num_steps: int) -> float:
         step: 1-based.
         num_steps: all steps of the run.
     """
-    warmup = math.ceil(settings.warmup_ratio * num_steps)
+    warmup = math.ceil(round(settings.warmup_ratio * num_steps, 9))  # 0.07 * 100 is 7.000000000000001
     if step <= warmup:
         return step / warmup
     if settings.schedule is Schedule.constant:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, SupportsFloat, cast
 
 from rlhf_cli.errors import RequestError
-from rlhf_cli.train.atomic import write_bytes_atomic, write_json_atomic
+from rlhf_cli.files import write_bytes_atomic, write_json_atomic
 from rlhf_cli.train.provenance import git_state, mask_secrets, versions
 
 Status = Literal["running", "finished", "failed", "interrupted"]

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cli.train.atomic import (
+from rlhf_cli.files import (
     replace_folder_atomic,
     restore_folder,
     write_bytes_atomic,

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from rlhf_cli.data.dataset import rows_digest
+from rlhf_cli.types import Example, Message, Preference
+
+A, B = Preference("p", "good", "bad"), Preference("q", "fine", "poor")
+Parts = tuple[Sequence[Any], ...]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param(([A, B],), ([B, A],), id="order"),
+        pytest.param(([A], [B]), ([A, B], []), id="a row on the other side"),
+        pytest.param(([A], [B]), ([B], [A]), id="sides exchanged"),
+        pytest.param(([A],), ([A, A],), id="a duplicate"),
+        pytest.param(([A],), ([replace(A, prompt="P")],), id="prompt"),
+        pytest.param(([A],), ([replace(A, chosen="bad", rejected="good")],), id="swapped completions"),
+        pytest.param(([A],), ([replace(A, margin=1e-9)],), id="margin"),
+        pytest.param((["a", "b"],), (["a\nb"],), id="a line break in a prompt"),
+        pytest.param((["a", "b"],), (["a'\n'b"],), id="a prompt that looks like two"),
+        pytest.param((["p"],), ([(Message("user", "p"),)],), id="text and chat"),
+        pytest.param(([(Message("user", "p"),)],), ([(Message("system", "p"),)],), id="role"),
+        pytest.param(([Example("p", "c")],), ([Example("pc", "")],), id="where the prompt ends"),
+        pytest.param((["é"],), (["e\u0301"],), id="unicode form"),
+    ],
+)
+def test_digest_sees_every_change(one: Parts, other: Parts) -> None:
+    assert rows_digest(*one) != rows_digest(*other)
+
+
+def test_digest_depends_on_the_rows_alone() -> None:
+    assert rows_digest([A, B], ["p"]) == rows_digest((replace(A), replace(B)), ("p",))
+
+
+def test_digest_stays_as_it_is_over_versions() -> None:
+    # cached stages are found by it
+    rows = [Preference((Message("user", "q"),), "a\n", "b", margin=0.5)]
+    assert rows_digest(rows, ["é"]) == "9b78353832961bbf17ab4d105be572b8d8b377b1b9343035de269e45feb441d5"

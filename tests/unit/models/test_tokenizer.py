@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fixtures_models import CORPUS, bert_tokenizer, bos_tokenizer, byte_tokenizer, closing_tokenizer
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer
+
+from rlhf_cli.data import reviews
+from rlhf_cli.models.tokenizer import EOS_TOKEN, PAD_TOKEN, ensure_pad_token, has_own_pad_token, train_tokenizer
+
+TRAIN = """
+import hashlib, sys
+from rlhf_cli.data import reviews
+from rlhf_cli.models.tokenizer import train_tokenizer
+rows = reviews.sft_examples(reviews.ReviewsSpec(num_sft=300), "train")
+tokenizer = train_tokenizer((row.prompt + row.completion for row in rows), 512)
+print(hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest())
+"""
+
+
+def review_texts() -> list[str]:
+    rows = reviews.sft_examples(reviews.ReviewsSpec(num_sft=300), "train")
+    return [f"{row.prompt}{row.completion}" for row in rows]
+
+
+def test_training_is_the_same_in_every_process() -> None:
+    surroundings = [
+        {"PYTHONHASHSEED": "1", "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "4"},
+        {"PYTHONHASHSEED": "2", "TOKENIZERS_PARALLELISM": "false"},
+    ]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", TRAIN], env={**os.environ, **extra}, stdout=subprocess.PIPE, text=True)
+        for extra in surroundings
+    ]
+    digests = {process.communicate(timeout=120)[0].strip() for process in processes}
+    here = train_tokenizer(review_texts(), 512).backend_tokenizer.to_str()
+    assert digests == {hashlib.sha256(here.encode()).hexdigest()}
+
+
+def test_other_texts_give_another_tokenizer() -> None:
+    assert train_tokenizer(CORPUS, 300).get_vocab() != train_tokenizer(review_texts(), 300).get_vocab()
+
+
+def test_every_byte_has_a_token() -> None:
+    tokenizer = train_tokenizer([], 300)  # nothing learnt: bytes and special tokens alone
+    assert len(tokenizer) == 258
+    assert {*pre_tokenizers.ByteLevel.alphabet(), PAD_TOKEN, EOS_TOKEN} == set(tokenizer.get_vocab())
+    text = "".join(map(chr, range(0x300))) + "\u2028 🎬 \0"
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("limit", [300, 320, 512])
+def test_the_vocabulary_keeps_to_its_limit(limit: int) -> None:
+    assert len(train_tokenizer(review_texts(), limit)) == limit
+
+
+def test_a_small_corpus_stays_below_the_limit() -> None:
+    tokenizer = train_tokenizer(["ab ab"], 512)
+    assert len(tokenizer) == 258 + 2  # "ab" and " ab"
+    assert sorted(tokenizer.get_vocab().values()) == list(range(260))
+
+
+def test_special_tokens() -> None:
+    tokenizer = byte_tokenizer()
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1, None)
+    assert tokenizer("good")["input_ids"] == tokenizer("good", add_special_tokens=False)["input_ids"]
+
+
+def test_a_saved_one_gives_the_same_tokens(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    text = " it 's not good , is n't it ? \n\n  the film ."
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert again.decode(again(text)["input_ids"]) == text  # no white space is tidied away
+    assert (again.pad_token_id, again.eos_token_id) == (0, 1)
+
+
+class TestPad:
+    def test_which_pads_are_of_their_own(self) -> None:
+        pad_is_eos = bos_tokenizer()
+        pad_is_eos.pad_token = pad_is_eos.eos_token
+        found = [has_own_pad_token(t) for t in (byte_tokenizer(), bert_tokenizer(), bos_tokenizer(), pad_is_eos)]
+        assert found == [True, True, False, False]
+
+    @pytest.mark.parametrize("pad", [None, "</s>"], ids=["none", "the EOS"])
+    def test_one_is_added_once(self, pad: str | None) -> None:
+        tokenizer = bos_tokenizer()
+        tokenizer.pad_token = pad
+        size = len(tokenizer)
+        assert ensure_pad_token(tokenizer)
+        assert (tokenizer.pad_token, tokenizer.pad_token_id, len(tokenizer)) == (PAD_TOKEN, size, size + 1)
+        assert tokenizer.eos_token == "</s>"
+        assert not ensure_pad_token(tokenizer)
+        assert len(tokenizer) == size + 1
+
+    def test_an_own_one_stays(self) -> None:
+        tokenizer = closing_tokenizer()
+        assert not ensure_pad_token(tokenizer)
+        assert tokenizer.pad_token == "<pad>"

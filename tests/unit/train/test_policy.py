@@ -1,0 +1,317 @@
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+
+from rlhf_cli.algos.reinforce import Reinforce
+from rlhf_cli.algos.rloo import Rloo
+from rlhf_cli.models.causal import sequence_logprobs
+from rlhf_cli.rollout.engine import Sampling
+from rlhf_cli.train.loop import fit
+from rlhf_cli.train.policy import PolicyPlan, PolicyTask
+from rlhf_cli.train.precision import Precision
+from rlhf_cli.train.settings import Schedule, TrainSettings
+from rlhf_cli.types import Scores
+
+FP32 = Precision("fp32", torch.device("cpu"))
+PROMPTS = tuple(" ".join(f"t{(5 * i + j) % 20 + 2}" for j in range(1 + 3 * i % 7)) for i in range(10))
+MAX_NEW, N = 6, 8
+
+
+def _reward(rollout):
+    """Some function of the tokens, of mean about 0."""
+    raw = torch.tensor([float(sum(ids) % 11) for ids in rollout.completion_ids])
+    return Scores(reward=(raw - 5) / 3, raw=raw)
+
+
+def _constant_reward(rollout):
+    return Scores(reward=torch.full((len(rollout),), 0.1), raw=torch.zeros(len(rollout)))
+
+
+def _task(model, tokenizer, algorithm=None, reward=_reward, plan=None, gold=None, temperature=1.0, **settings):
+    # a stop token that is likely enough for completions of all lengths
+    model.generation_config.eos_token_id = [1, 4, 13]
+    defaults = {"batch_size": N, "lr": 1e-2, "schedule": Schedule.constant, "warmup_ratio": 0.0}
+    return PolicyTask(
+        model,
+        copy.deepcopy(model),
+        tokenizer,
+        algorithm or Rloo(2, beta=0.1),
+        reward,
+        gold,
+        PROMPTS,
+        PROMPTS[:4],
+        16,
+        Sampling(MAX_NEW, temperature),
+        TrainSettings(**{**defaults, **settings}),
+        plan or PolicyPlan(),
+        FP32,
+        seed=3,
+    )
+
+
+class _Rows(list):
+    """Keeps the rows of metrics.jsonl."""
+
+    def metrics(self, step, row):
+        self.append(row)
+
+    def samples(self, step, rows):
+        pass
+
+    def message(self, text):
+        pass
+
+
+def _fit(task, folder, num_steps):
+    folder.mkdir(exist_ok=True)
+    rows = _Rows()
+    fit(task, task.settings, num_steps, folder, rows, FP32, seed=3)
+    return rows
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 4, 3, 1])
+@pytest.mark.parametrize("algorithm", [Rloo(2), Rloo(4, on_policy=False, clip=0.2), Reinforce()])
+def test_step_0_has_no_kl_and_a_ratio_of_one_exactly(
+    make_model, word_tokenizer, tmp_path, algorithm, micro_batch_size
+):
+    task = _task(make_model(), word_tokenizer, algorithm, micro_batch_size=micro_batch_size, temperature=0.9)
+    (row,) = _fit(task, tmp_path, 1)
+    assert row["kl/k1"] == 0.0
+    assert row["ratio/mean"] == 1.0
+    assert row["ratio/max"] == 1.0
+    assert row["ratio/clip_frac"] == 0.0
+    assert row["reward/shaped_mean"] == row["reward/mean"]
+    assert row["rollout/logprob_mismatch"] < 1e-4
+
+
+def test_the_reference_stays_and_the_kl_grows(make_llama, word_tokenizer, tmp_path):
+    task = _task(make_llama(), word_tokenizer)
+    before = {name: p.clone() for name, p in task.reference.named_parameters()}
+    rows = _fit(task, tmp_path, 3)
+    assert all(torch.equal(p, before[name]) for name, p in task.reference.named_parameters())
+    assert not any(p.requires_grad or p.grad is not None for p in task.reference.parameters())
+    assert rows[0]["kl/k1"] == 0.0 and abs(rows[2]["kl/k1"]) > 1e-3
+    # the KL is in the reward, and the ratio of fresh samples is still exactly 1
+    assert rows[2]["reward/shaped_mean"] == pytest.approx(
+        rows[2]["reward/mean"] - 0.1 * rows[2]["kl/k1"], abs=1e-6
+    )
+    assert rows[2]["ratio/max"] == rows[2]["ratio/mean"] == 1.0
+
+
+def test_a_second_pass_over_a_rollout_is_off_policy(make_model, word_tokenizer, tmp_path):
+    plan = PolicyPlan(num_epochs=2)
+    task = _task(make_model(), word_tokenizer, Rloo(2, on_policy=False), plan=plan, micro_batch_size=4)
+    first, second, third = _fit(task, tmp_path, 3)
+    assert first["ratio/mean"] == first["ratio/max"] == 1.0
+    assert second["ratio/max"] != 1.0 and abs(second["ratio/mean"] - 1) > 1e-4
+    assert third["ratio/mean"] == third["ratio/max"] == 1.0
+    # the same samples again: no new ones are counted
+    assert [row["samples"] for row in (first, second, third)] == [N, N, 2 * N]
+    assert second["reward/mean"] == first["reward/mean"] != third["reward/mean"]
+
+
+def test_minibatches_cut_one_rollout(make_llama, word_tokenizer):
+    whole = _task(make_llama(), word_tokenizer, batch_size=2 * N).batch(0)
+    task = _task(make_llama(), word_tokenizer, plan=PolicyPlan(num_minibatches=2, num_epochs=2))
+    parts = [task.batch(step) for step in range(4)]
+    # nothing was learned in between, so both rollouts are the same
+    (everything,) = whole.micro_batches
+    for step, part in enumerate(parts):
+        (rows,) = part.micro_batches
+        half = slice(step % 2 * N, step % 2 * N + N)
+        assert torch.equal(rows.sequences.ids, everything.sequences.ids[half])
+        assert torch.equal(rows.advantage, everything.advantage[half])
+        assert part.normaliser == N
+    assert [part.num_samples for part in parts] == [N, N, 0, 0]
+    assert not torch.equal(task.batch(4).micro_batches[0].sequences.ids, parts[0].micro_batches[0].sequences.ids)
+
+
+@pytest.mark.parametrize("micro_batch_size", [8, 1])
+def test_the_baseline_is_updated_once_per_optimizer_batch(make_llama, word_tokenizer, micro_batch_size):
+    plan = PolicyPlan(num_minibatches=2, num_epochs=2)
+    algorithm = Reinforce(alpha=0.75, on_policy=False)
+    task = _task(make_llama(), word_tokenizer, algorithm, plan=plan, micro_batch_size=micro_batch_size)
+    batches = [task.batch(step) for step in range(8)]
+    assert task.baseline.num_updates == 4  # two rollouts of two batches; the second pass is not counted again
+    first, second = (batches[step].metrics for step in (0, 1))
+    assert first["baseline"] == 0.0
+    assert second["baseline"] == pytest.approx(0.25 * first["reward/shaped_mean"])
+    later = 0.75 * second["baseline"] + 0.25 * second["reward/shaped_mean"]
+    assert batches[4].metrics["baseline"] == pytest.approx(later)
+
+
+def _slow_gradient(task, batch):
+    """REINFORCE's gradient over rows without padding, with the advantages given."""
+    model = copy.deepcopy(task.model)
+    model.zero_grad()
+    for micro in batch.micro_batches:
+        for row in range(len(micro)):
+            real = micro.sequences.attention_mask[row]
+            ids = micro.sequences.ids[row][real]
+            counts = micro.sequences.completion_mask[row][real]
+            log_probability = torch.log_softmax(model(ids[None]).logits[0] / task.sampling.temperature, -1)
+            logprob = sum(log_probability[t - 1, ids[t]] for t in range(len(ids)) if counts[t])
+            (-micro.advantage[row] * logprob / N).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_gradient_equals_a_slow_implementation(make_model, word_tokenizer, temperature):
+    task = _task(make_model(), word_tokenizer, temperature=temperature)
+    batch = task.batch(0)
+    (micro,) = batch.micro_batches
+    lengths = micro.sequences.completion_mask.sum(-1)
+    assert lengths.min() < lengths.max() <= MAX_NEW
+    task.loss(micro, batch.normaliser).loss.backward()
+    slow = _slow_gradient(task, batch)
+    assert max(float(g.abs().max()) for g in slow.values()) > 0.1
+    for name, parameter in task.model.named_parameters():
+        assert torch.allclose(parameter.grad, slow[name], rtol=1e-4, atol=1e-5), name
+
+
+def test_advantages_come_from_the_rewards_of_the_same_prompt(make_llama, word_tokenizer):
+    task = _task(make_llama(), word_tokenizer)
+    (micro,) = task.batch(0).micro_batches
+    sums = [
+        int(row[counts].sum())
+        for row, counts in zip(micro.sequences.ids, micro.sequences.completion_mask, strict=True)
+    ]
+    rewards = [(total % 11 - 5) / 3 for total in sums]
+    expected = [rewards[i] - rewards[i ^ 1] for i in range(N)]  # row i and its neighbour share a prompt
+    assert micro.advantage.tolist() == pytest.approx(expected, abs=1e-6)
+    for row in range(0, N, 2):
+        prompts = [
+            micro.sequences.ids[i][~micro.sequences.completion_mask[i] & micro.sequences.attention_mask[i]]
+            for i in (row, row + 1)
+        ]
+        assert torch.equal(*prompts)
+
+
+def test_captured_logprobs_equal_a_fresh_forward_pass(make_model, word_tokenizer):
+    task = _task(make_model(), word_tokenizer, temperature=0.8)
+    batch = task.batch(0)
+    (micro,) = batch.micro_batches
+    fresh, _ = sequence_logprobs(task.model, micro.sequences, 0.8, 3)
+    assert torch.allclose(micro.old_logprob, fresh, atol=1e-5)
+    assert batch.metrics["rollout/logprob_mismatch"] < 1e-4
+    assert micro.old_logprob.std() > 0.5
+
+
+def test_dropout_is_off_while_sampling_scoring_and_training(make_gpt2, word_tokenizer, tmp_path):
+    dropping = make_gpt2(dropout=0.5).train()
+    assert not torch.equal(*(dropping(torch.tensor([[3, 4]])).logits for _ in range(2)))
+    task, plain = _task(dropping, word_tokenizer), _task(make_gpt2(dropout=0.0), word_tokenizer)
+    batches = [each.batch(0) for each in (task, plain, task)]
+    first, second, again = (batch.micro_batches[0] for batch in batches)
+    for other in (second, again):
+        assert torch.equal(first.sequences.ids, other.sequences.ids)
+        assert torch.equal(first.old_logprob, other.old_logprob)
+        assert torch.equal(first.ref_logprob, other.ref_logprob)
+    losses = [each.loss(first, N).loss for each in (task, task, plain)]
+    assert losses[0] == losses[1] == losses[2]
+    assert task.evaluate(0) == task.evaluate(0) == plain.evaluate(0)
+    rows = _fit(task, tmp_path, 2)
+    assert all(row["ratio/max"] == 1.0 for row in rows)
+    assert not task.model.training and not task.reference.training
+
+
+def test_equal_rewards_leave_every_weight_where_it_is(make_model, word_tokenizer, tmp_path):
+    task = _task(make_model(), word_tokenizer, Rloo(4, beta=0.5), reward=_constant_reward)
+    before = {name: p.clone() for name, p in task.model.named_parameters()}
+    rows = _fit(task, tmp_path, 2)
+    assert [row["loss"] for row in rows] == [0.0, 0.0]
+    assert [row["grad_norm"] for row in rows] == [0.0, 0.0]
+    assert all(torch.equal(p, before[name]) for name, p in task.model.named_parameters())
+
+
+@pytest.mark.parametrize("edge", ["pad is eos", "no eos", "eos first", "one token"])
+def test_odd_completions_train_like_any_other(make_model, word_tokenizer, tmp_path, edge):
+    model = make_model()
+    task = _task(model, word_tokenizer)
+    if edge == "pad is eos":
+        word_tokenizer.pad_token = word_tokenizer.eos_token
+    elif edge == "no eos":
+        word_tokenizer.eos_token = None
+        model.generation_config.eos_token_id = model.config.eos_token_id = None
+    elif edge == "eos first":
+        model.generation_config.eos_token_id = list(range(24))
+    else:
+        task.sampling = Sampling(1)
+    lengths = {"no eos": {MAX_NEW}, "eos first": {1}, "one token": {1}}
+    (micro,) = task.batch(0).micro_batches
+    found = micro.sequences.completion_mask.sum(-1).tolist()
+    assert set(found) == lengths.get(edge, set(found))
+    rows = _fit(task, tmp_path, 2)
+    assert rows[0]["kl/k1"] == 0.0 and rows[0]["ratio/mean"] == 1.0
+    assert rows[0]["grad_norm"] > 0.01
+    assert rows[1]["rollout/logprob_mismatch"] < 1e-4
+    truncated = {"no eos": 1.0, "eos first": 0.0}
+    assert rows[0]["length/truncated_frac"] == truncated.get(edge, rows[0]["length/truncated_frac"])
+    assert rows[0]["length/mean"] == sum(found) / N
+
+
+def test_a_pad_that_is_the_eos_gives_the_same_gradient(make_model, word_tokenizer):
+    gradients = []
+    for pad_token in ("<|pad|>", "<|eos|>"):
+        word_tokenizer.pad_token = pad_token
+        task = _task(make_model(), word_tokenizer)
+        batch = task.batch(0)
+        task.loss(batch.micro_batches[0], batch.normaliser).loss.backward()
+        gradients.append([p.grad for p in task.model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_metrics_by_hand(make_llama, word_tokenizer):
+    task = _task(make_llama(), word_tokenizer, gold=lambda prompt, completion: len(completion.split()) / 2)
+    batch = task.batch(0)
+    (micro,) = batch.micro_batches
+    counts = micro.sequences.completion_mask
+    sums = [int(row[mask].sum()) for row, mask in zip(micro.sequences.ids, counts, strict=True)]
+    rewards = torch.tensor([(total % 11 - 5) / 3 for total in sums])
+    metrics = batch.metrics
+    assert metrics["reward/mean"] == pytest.approx(float(rewards.mean()))
+    assert metrics["reward/std"] == pytest.approx(float(rewards.std(unbiased=False)), rel=1e-5)
+    assert metrics["advantage/std"] == pytest.approx(float(micro.advantage.std(unbiased=False)))
+    assert metrics["length/mean"] == float(counts.sum()) / N
+    ends = [int(row[mask][-1]) in (1, 4, 13) for row, mask in zip(micro.sequences.ids, counts, strict=True)]
+    assert metrics["length/truncated_frac"] == 1 - sum(ends) / N
+    words = [
+        sum(int(i) > 1 for i in row[mask]) - end
+        for row, mask, end in zip(micro.sequences.ids, counts, ends, strict=True)
+    ]
+    assert metrics["gold/mean"] == pytest.approx(sum(max(w, 0) for w in words) / 2 / N, abs=1 / 2 / N)
+    assert 0 < metrics["entropy"] < math.log(24)
+    assert batch.num_tokens == int(micro.sequences.attention_mask.sum())
+    for row, sample in enumerate(batch.samples):
+        assert sample["step"] == 1 and sample["kl"] == 0.0
+        assert sample["length"] == int(counts[row].sum())
+        assert sample["reward"] == pytest.approx(float(rewards[row]))
+
+
+def test_evaluation_repeats_and_scores_the_objective(make_model, word_tokenizer, tmp_path):
+    task = _task(make_model(), word_tokenizer, Rloo(2, beta=0.25))
+    at_start = task.evaluate(0)
+    assert at_start.metrics["kl/full"] == 0.0
+    _fit(task, tmp_path, 2)
+    after = task.evaluate(2)
+    assert task.evaluate(7) == after
+    assert after.metrics["kl/full"] > 1e-3
+    assert after.score == pytest.approx(after.metrics["reward/mean"] - 0.25 * after.metrics["kl/full"])
+
+
+def test_two_identical_runs_are_equal_to_the_bit(make_llama, word_tokenizer, tmp_path):
+    runs = []
+    for name in ("a", "b"):
+        task = _task(make_llama(), word_tokenizer)
+        rows = _fit(task, tmp_path / name, 3)
+        torch.rand(13)  # other draws in between do not matter
+        clocks = ("time", "throughput")
+        kept = [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in rows]
+        runs.append((kept, [p.detach() for p in task.model.parameters()]))
+    (rows_a, weights_a), (rows_b, weights_b) = runs
+    assert rows_a == rows_b
+    assert all(torch.equal(a, b) for a, b in zip(weights_a, weights_b, strict=True))
+    assert all(a["reward/mean"] != b["reward/mean"] for a, b in itertools.pairwise(rows_a))
