@@ -28,7 +28,7 @@ class Reinforce:
     """REINFORCE's hyperparameters and its two methods."""
 
     samples_per_prompt: int = 1
-    beta: float = 0.05
+    beta: float = 0.1
     baseline: str = "ema"  # ema | mean
     alpha: float = 0.9  # how much of the old baseline stays (ema)
     bias_correction: bool = False  # ema only

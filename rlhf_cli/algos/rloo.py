@@ -22,7 +22,7 @@ class Rloo:
     """RLOO's hyperparameters and its two methods."""
 
     samples_per_prompt: int = 4
-    beta: float = 0.05
+    beta: float = 0.1
     on_policy: bool = True
     clip: float | None = None
 

@@ -125,7 +125,7 @@ class AlgoConfig:
 
     name: str = ""
     k: int = 1
-    beta: float = 0.05
+    beta: float = 0.1
     num_minibatches: int = 1
     num_epochs: int = 1
     clip: float | None = None

@@ -56,7 +56,7 @@ class ReviewsSpec:
 
     seed: int = 0
     num_sft: int = 4000
-    num_pairs: int = 1000
+    num_pairs: int = 2000
     num_validation: int = 200  # sft rows and pairs each
     num_test: int = 500  # test pairs, ood pairs, and test prompts each
     num_prompts: int = 4000  # training prompts for rollouts

@@ -32,7 +32,7 @@ class ReviewsSettings(DataSettings):
 
     seed: int = 0  # of the corpus itself
     num_sft: int = 4000
-    num_pairs: int = 1000
+    num_pairs: int = 2000
     num_validation: int = 200
     num_test: int = 500
     num_prompts: int = 4000

@@ -19,11 +19,33 @@ def inverse_cdf(probability: Tensor, uniform: Tensor) -> Tensor:
         int64 [N]; never a token of probability 0.
     """
     cumulative = torch.cumsum(probability, dim=-1)
+    if probability.is_cuda:
+        cumulative = never_falling(cumulative, probability)
     total = cumulative[:, -1:]
     # Scaled by the rounded total and kept below it, so that the draw cannot run past the last possible token
     below_total = torch.nextafter(total, torch.zeros_like(total))
     threshold = torch.minimum(uniform[:, None] * total, below_total)
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+
+
+def never_falling(cumulative: Tensor, probability: Tensor) -> Tensor:
+    """Cumulative probabilities as exact sums would be: rising at possible tokens only, and falling nowhere.
+
+    CUDA adds up in parallel and rounds every prefix on its own, so its sums may fall from one token to the next, or
+    rise at a token of probability 0. The CPU adds in order and needs none of this.
+
+    Args:
+        cumulative: float32 [N, V], sums of `probability` along the row, up to rounding.
+        probability: float32 [N, V].
+
+    Returns:
+        float32 [N, V].
+
+    >>> sums = torch.tensor([[0.5, 0.75, 0.625, 0.875, 1.0]])
+    >>> never_falling(sums, torch.tensor([[0.5, 0.25, 0.0, 0.0, 0.25]])).tolist()
+    [[0.5, 0.75, 0.75, 0.75, 1.0]]
+    """
+    return torch.where(probability > 0, cumulative, 0.0).cummax(dim=-1).values
 
 
 def sample_token(logits: Tensor, uniform: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -112,7 +112,7 @@ class TestPrompt:
         words = tokenizer(text, add_special_tokens=False)["input_ids"]
         bos = tokenizer.bos_token_id
         assert encode_prompt(tokenizer, text, MANY) == [bos, *words]
-        assert encode_prompt(tokenizer, text, len(words)) == [bos, *words[2 - 1 :]]
+        assert encode_prompt(tokenizer, text, len(words)) == [bos, *words[1:]]
         assert encode_prompt(tokenizer, text, 3) == [bos, *words[-2:]]
         assert encode_prompt(tokenizer, text, 1) == words[-1:]
 

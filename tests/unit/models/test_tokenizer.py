@@ -29,18 +29,13 @@ def review_texts() -> list[str]:
     return [f"{row.prompt}{row.completion}" for row in rows]
 
 
-def test_training_is_the_same_in_every_process() -> None:
-    surroundings = [
-        {"PYTHONHASHSEED": "1", "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "4"},
-        {"PYTHONHASHSEED": "2", "TOKENIZERS_PARALLELISM": "false"},
-    ]
-    processes = [
-        subprocess.Popen([sys.executable, "-c", TRAIN], env={**os.environ, **extra}, stdout=subprocess.PIPE, text=True)
-        for extra in surroundings
-    ]
-    digests = {process.communicate(timeout=120)[0].strip() for process in processes}
+def test_training_is_the_same_in_another_process() -> None:
+    surroundings = {"PYTHONHASHSEED": "1", "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "4"}
+    there = subprocess.run(
+        [sys.executable, "-c", TRAIN], env={**os.environ, **surroundings}, capture_output=True, text=True, check=True
+    )
     here = train_tokenizer(review_texts(), 512).backend_tokenizer.to_str()
-    assert digests == {hashlib.sha256(here.encode()).hexdigest()}
+    assert there.stdout.strip() == hashlib.sha256(here.encode()).hexdigest()
 
 
 def test_other_texts_give_another_tokenizer() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_cli.ops.sampling import inverse_cdf, sample_token
+from rlhf_cli.ops.sampling import inverse_cdf, never_falling, sample_token
 
 LARGEST_UNIFORM = 1 - 2**-24  # the largest float32 below 1 that the noise takes
 # 99.9% quantile of chi-square with 5 degrees of freedom: a right sampler stays below it 999 seeds in 1000
@@ -62,6 +62,20 @@ def test_the_ends_of_the_interval_stay_inside_a_large_vocabulary():
     for uniform in (0.0, LARGEST_UNIFORM):
         picked = inverse_cdf(probability, torch.full((64,), uniform))
         assert (probability.gather(1, picked[:, None]) > 0).all()
+
+
+def test_sums_that_were_rounded_apart_are_put_in_order():
+    generator = torch.Generator().manual_seed(0)
+    probability = torch.softmax(3 * torch.randn(32, 2000, generator=generator), -1)
+    probability[:, ::3] = 0.0
+    exact = probability.cumsum(-1)
+    rounded = exact * (1 + 3e-7 * torch.randn(exact.shape, generator=generator))
+    assert (rounded.diff(dim=-1) < 0).any() and (rounded.diff(dim=-1)[probability[:, 1:] == 0] > 0).any()
+    repaired = never_falling(rounded, probability)
+    steps = repaired.diff(dim=-1, prepend=torch.zeros(32, 1))
+    assert (steps >= 0).all() and (steps[probability == 0] == 0).all()
+    assert torch.allclose(repaired, exact, rtol=2e-6)
+    assert torch.equal(never_falling(exact, probability), exact)  # the sums of the CPU need no repair
 
 
 def test_greedy_takes_the_most_likely_whatever_the_noise():

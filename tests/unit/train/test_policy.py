@@ -18,6 +18,7 @@ from rlhf_cli.types import Scores
 FP32 = Precision("fp32", torch.device("cpu"))
 PROMPTS = tuple(" ".join(f"t{(5 * i + j) % 20 + 2}" for j in range(1 + 3 * i % 7)) for i in range(10))
 MAX_NEW, N = 6, 8
+STOPS = [1, 4, 13]  # likely enough for completions of all lengths
 
 
 def _reward(rollout):
@@ -31,8 +32,7 @@ def _constant_reward(rollout):
 
 
 def _task(model, tokenizer, algorithm=None, reward=_reward, plan=None, gold=None, temperature=1.0, **settings):
-    # a stop token that is likely enough for completions of all lengths
-    model.generation_config.eos_token_id = [1, 4, 13]
+    model.generation_config.eos_token_id = STOPS
     defaults = {"batch_size": N, "lr": 1e-2, "schedule": Schedule.constant, "warmup_ratio": 0.0}
     return PolicyTask(
         model,
@@ -50,6 +50,12 @@ def _task(model, tokenizer, algorithm=None, reward=_reward, plan=None, gold=None
         FP32,
         seed=3,
     )
+
+
+def _completions(micro):
+    """Tokens of each completion."""
+    counts = micro.sequences.completion_mask
+    return [row[mask].tolist() for row, mask in zip(micro.sequences.ids, counts, strict=True)]
 
 
 class _Rows(list):
@@ -175,19 +181,13 @@ def test_the_gradient_equals_a_slow_implementation(make_model, word_tokenizer, t
 def test_advantages_come_from_the_rewards_of_the_same_prompt(make_llama, word_tokenizer):
     task = _task(make_llama(), word_tokenizer)
     (micro,) = task.batch(0).micro_batches
-    sums = [
-        int(row[counts].sum())
-        for row, counts in zip(micro.sequences.ids, micro.sequences.completion_mask, strict=True)
-    ]
-    rewards = [(total % 11 - 5) / 3 for total in sums]
+    rewards = [(sum(tokens) % 11 - 5) / 3 for tokens in _completions(micro)]
     expected = [rewards[i] - rewards[i ^ 1] for i in range(N)]  # row i and its neighbour share a prompt
     assert micro.advantage.tolist() == pytest.approx(expected, abs=1e-6)
-    for row in range(0, N, 2):
-        prompts = [
-            micro.sequences.ids[i][~micro.sequences.completion_mask[i] & micro.sequences.attention_mask[i]]
-            for i in (row, row + 1)
-        ]
-        assert torch.equal(*prompts)
+    is_prompt = micro.sequences.attention_mask & ~micro.sequences.completion_mask
+    prompts = [row[mask].tolist() for row, mask in zip(micro.sequences.ids, is_prompt, strict=True)]
+    assert prompts[0::2] == prompts[1::2]
+    assert len({tuple(prompt) for prompt in prompts}) == N // 2
 
 
 def test_captured_logprobs_equal_a_fresh_forward_pass(make_model, word_tokenizer):
@@ -268,27 +268,39 @@ def test_metrics_by_hand(make_llama, word_tokenizer):
     task = _task(make_llama(), word_tokenizer, gold=lambda prompt, completion: len(completion.split()) / 2)
     batch = task.batch(0)
     (micro,) = batch.micro_batches
-    counts = micro.sequences.completion_mask
-    sums = [int(row[mask].sum()) for row, mask in zip(micro.sequences.ids, counts, strict=True)]
-    rewards = torch.tensor([(total % 11 - 5) / 3 for total in sums])
+    completions = _completions(micro)
+    rewards = torch.tensor([(sum(tokens) % 11 - 5) / 3 for tokens in completions])
     metrics = batch.metrics
     assert metrics["reward/mean"] == pytest.approx(float(rewards.mean()))
     assert metrics["reward/std"] == pytest.approx(float(rewards.std(unbiased=False)), rel=1e-5)
     assert metrics["advantage/std"] == pytest.approx(float(micro.advantage.std(unbiased=False)))
-    assert metrics["length/mean"] == float(counts.sum()) / N
-    ends = [int(row[mask][-1]) in (1, 4, 13) for row, mask in zip(micro.sequences.ids, counts, strict=True)]
-    assert metrics["length/truncated_frac"] == 1 - sum(ends) / N
-    words = [
-        sum(int(i) > 1 for i in row[mask]) - end
-        for row, mask, end in zip(micro.sequences.ids, counts, ends, strict=True)
-    ]
-    assert metrics["gold/mean"] == pytest.approx(sum(max(w, 0) for w in words) / 2 / N, abs=1 / 2 / N)
+    assert metrics["length/mean"] == sum(len(tokens) for tokens in completions) / N
+    finished = [tokens[-1] in STOPS for tokens in completions]
+    assert any(finished)
+    assert metrics["length/truncated_frac"] == 1 - sum(finished) / N
+    texts = [tokens[:-1] if done else tokens for tokens, done in zip(completions, finished, strict=True)]
+    words = [sum(token > 1 for token in text) for text in texts]
+    assert metrics["gold/mean"] == pytest.approx(sum(words) / 2 / N)
     assert 0 < metrics["entropy"] < math.log(24)
     assert batch.num_tokens == int(micro.sequences.attention_mask.sum())
     for row, sample in enumerate(batch.samples):
         assert sample["step"] == 1 and sample["kl"] == 0.0
-        assert sample["length"] == int(counts[row].sum())
+        assert sample["length"] == len(completions[row])
         assert sample["reward"] == pytest.approx(float(rewards[row]))
+        assert sample["completion"] == " ".join(f"t{token}" for token in texts[row] if token > 1)
+        assert sample["gold"] == words[row] / 2
+
+
+def test_samples_belong_to_their_minibatch(make_llama, word_tokenizer, tmp_path):
+    task = _task(make_llama(), word_tokenizer, plan=PolicyPlan(num_minibatches=2))
+    _fit(task, tmp_path, 2)
+    for step in (2, 3):
+        batch = task.batch(step)
+        (micro,) = batch.micro_batches
+        kl = (micro.old_logprob - micro.ref_logprob).tolist()
+        assert [sample["kl"] for sample in batch.samples] == pytest.approx(kl)
+        assert [sample["length"] for sample in batch.samples] == [len(tokens) for tokens in _completions(micro)]
+        assert batch.metrics["kl/k1"] == pytest.approx(sum(kl) / N, abs=1e-6)
 
 
 def test_evaluation_repeats_and_scores_the_objective(make_model, word_tokenizer, tmp_path):
