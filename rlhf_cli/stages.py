@@ -24,10 +24,10 @@ from rlhf_cli.build import starts_from_sft
 from rlhf_cli.config.schema import Standardize
 from rlhf_cli.data.dataset import rows_digest
 from rlhf_cli.errors import RequestError
+from rlhf_cli.files import replace_folder_atomic
 from rlhf_cli.models.loading import resolve_path
 from rlhf_cli.models.settings import ModelSettings
 from rlhf_cli.runs import Artifact, Job, train_rm, train_sft
-from rlhf_cli.files import replace_folder_atomic
 from rlhf_cli.train.settings import TrainSettings
 
 # Raised when a change of code changes an artifact for the same settings.

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from omegaconf import OmegaConf
 from rich.console import Console
 
-from rlhf_cli.commands.job import Context
+from rlhf_cli.commands.context import Context
 from rlhf_cli.commands.show import display_path
 from rlhf_cli.commands.train import make_job, say
 from rlhf_cli.config.schema import RunConfig
@@ -124,16 +125,28 @@ def _check_split(job: Job) -> None:
 
 def _subject(path: str) -> _Subject:
     resolved = resolve_path("policies", path)
-    record = Path(path).expanduser() / "run.json"
+    folder = Path(path).expanduser()
+    record = folder / "run.json"
     if not record.is_file():
-        return _Subject(Path(path).name, resolved, {})
+        return _Subject(folder.absolute().name, resolved, {})
     values = json.loads(record.read_text(encoding="utf-8"))
-    upstream = {stage: artifact["path"] for stage, artifact in values.get("upstream", {}).items()}
-    return _Subject(_run_name(Path(path).expanduser(), values), resolved, upstream)
+    upstream = {
+        stage: _upstream_path(folder, artifact["path"]) for stage, artifact in values.get("upstream", {}).items()
+    }
+    return _Subject(_run_name(folder, values), resolved, upstream)
+
+
+def _upstream_path(folder: Path, path: str) -> str:
+    """A path from run.json: relative to where the run was started or, if that has moved, to here."""
+    hydra = folder / ".hydra" / "hydra.yaml"
+    if not hydra.is_file():
+        return path
+    there = Path(OmegaConf.load(hydra).hydra.runtime.cwd) / path
+    return str(there) if there.exists() else path
 
 
 def _run_name(folder: Path, record: Mapping[str, object]) -> str:
-    return str(record.get("name") or folder.name)
+    return str(record.get("name") or folder.absolute().name)
 
 
 def _named(subjects: Sequence[_Subject]) -> list[_Subject]:

@@ -73,6 +73,11 @@ def group_choices(group: str) -> list[str]:
     return sorted(file.stem for file in folder.glob("*.yaml"))
 
 
+def is_group(key: str) -> bool:
+    """Whether a key names a config group."""
+    return (conf_path() / key).is_dir()
+
+
 def command_help(command: str, summary: str) -> str:
     """Help of a command whose arguments go to Hydra."""
     return "\n\n".join(

@@ -6,12 +6,14 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from rlhf_cli.commands.help import conf_path, group_choices
 from rlhf_cli.commands.show import display_path
+from rlhf_cli.errors import RequestError
 from rlhf_cli.train.provenance import versions
 
 _GROUPS = ("algo", "rm", "data", "model", "precision", "logger", "experiment")
@@ -19,15 +21,31 @@ _GROUPS = ("algo", "rm", "data", "model", "precision", "logger", "experiment")
 
 def info(path: Path | None) -> int:
     """Prints; returns the exit status."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # [a,b] is a list here, not a style
     if path is None:
         _installation(console)
         return 0
-    if not (path / "run.json").is_file():
-        print(f"rlhf: info {path}: holds no run (no run.json)", file=sys.stderr)
+    try:
+        record, summary = _read(path)
+    except RequestError as error:
+        print(f"rlhf: {error}", file=sys.stderr)
         return 2
-    _run(console, path)
+    _run(console, path, record, summary)
     return 0
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, float | None]]:
+    """run.json, and summary.json where the run got that far. Raises RequestError."""
+    if not (path / "run.json").is_file():
+        raise RequestError(f"info {path}: holds no run (no run.json)")
+    found = []
+    for name in ("run.json", "summary.json"):
+        file = path / name
+        try:
+            found.append(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {})
+        except ValueError as error:
+            raise RequestError(f"info {path}: {name} is not JSON ({error})") from None
+    return found[0], found[1]
 
 
 def _installation(console: Console) -> None:
@@ -57,20 +75,19 @@ def _devices() -> list[str]:
     return found
 
 
-def _run(console: Console, path: Path) -> None:
-    record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+def _run(console: Console, path: Path, record: dict[str, Any], summary: dict[str, float | None]) -> None:
     table = _table()
-    for key in ("status", "error", "command", "start", "end", "seed", "device", "threads", "git_commit"):
+    for key in ("status", "error", "command", "name", "start", "end", "seed", "device", "threads", "git_commit"):
         if record.get(key) is not None:
             table.add_row(key, str(record[key]))
-    table.add_row("argv", " ".join(record["argv"]))
-    for stage, artifact in record["upstream"].items():
+    if "argv" in record:  # a job that failed before its run began has a status and an error alone
+        table.add_row("argv", " ".join(record["argv"]))
+    for stage, artifact in record.get("upstream", {}).items():
         table.add_row(stage, f"{artifact['path']} ({artifact['digest'][:12]})")
     console.print(table)
-    summary = path / "summary.json"
-    if summary.is_file():
+    if summary:
         figures = _table()
-        for key, value in json.loads(summary.read_text(encoding="utf-8")).items():
+        for key, value in summary.items():
             figures.add_row(key, "-" if value is None else f"{value:.4g}")
         console.print(figures)
     for file in sorted(path.rglob("*.png")):

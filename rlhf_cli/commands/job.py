@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf_cli.commands.context import Context
 from rlhf_cli.config.schema import RunConfig
 from rlhf_cli.config.store import register
 from rlhf_cli.errors import RequestError
@@ -36,16 +37,6 @@ class Outcome:
 
 
 outcome = Outcome()
-
-
-@dataclass(frozen=True)
-class Context:
-    """What Hydra knows of the job."""
-
-    folder: Path
-    argv: tuple[str, ...]
-    sweep: str | None  # name of the sweep's folder, inside a sweep
-    flat: dict[str, Any]  # the resolved config by dotted key
 
 
 def run(cfg: DictConfig) -> None:

@@ -143,15 +143,17 @@ def _plot(
         kl, reward, gold = group.get("kl/full"), group.get("reward/mean"), group.get("gold/mean")
         if not isinstance(kl, Estimate) or not isinstance(reward, Estimate):
             continue
+        shown = ("kl/full", "reward/mean", *(("gold/mean",) if isinstance(gold, Estimate) else ()))
+        seeds = [job.summary for job in inside if all(job.summary.get(name) is not None for name in shown)]
         points.append(
             SweepGroup(
                 label=", ".join(f"{key.rpartition('.')[2]}={group[key]}" for key in labels) or "all",
                 kl=kl,
                 reward=reward,
                 gold=gold if isinstance(gold, Estimate) else None,
-                seed_kl=_values(inside, "kl/full"),
-                seed_reward=_values(inside, "reward/mean"),
-                seed_gold=_values(inside, "gold/mean") if isinstance(gold, Estimate) else (),
+                seed_kl=[summary["kl/full"] for summary in seeds],
+                seed_reward=[summary["reward/mean"] for summary in seeds],
+                seed_gold=[summary["gold/mean"] for summary in seeds] if isinstance(gold, Estimate) else (),
             )
         )
     if not points:
@@ -159,10 +161,6 @@ def _plot(
     path = folder / "plots" / "reward_kl.png"
     sweep_reward_vs_kl(path, points)
     return path
-
-
-def _values(jobs: Sequence[JobRow], metric: str) -> list[float]:
-    return [float(job.summary[metric] or 0.0) for job in jobs]
 
 
 def _row(job: JobRow, keys: Sequence[str], metrics: Sequence[str]) -> dict[str, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from rlhf_cli import build
-from rlhf_cli.commands.job import Context
+from rlhf_cli.commands.context import Context
 from rlhf_cli.commands.show import show_run
 from rlhf_cli.config.schema import RunConfig
 from rlhf_cli.runs import Job, train_policy, train_rm, train_sft

@@ -11,11 +11,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
-    InterpolationKeyError,
     InterpolationToMissingValueError,
     MissingMandatoryValue,
     OmegaConfBaseException,
-    ValidationError,
 )
 
 from rlhf_cli.errors import RequestError, bad_choice
@@ -24,7 +22,8 @@ from rlhf_cli.errors import RequestError, bad_choice
 def as_request_error(error: HydraException | OmegaConfBaseException, overrides: Sequence[str]) -> RequestError:
     """The same complaint, as a person would want to read it."""
     if isinstance(error, OverrideParseException):
-        return RequestError(f"{error.override}: cannot be read as key=value ({_one_line(str(error))})")
+        reason = re.sub(r"\s*See https://\S+ for details", "", _one_line(str(error)))
+        return RequestError(f"{error.override}: cannot be read as key=value ({reason})")
     if isinstance(error, MissingConfigException):
         return _missing_choice(error)
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
@@ -44,28 +43,35 @@ def _missing_choice(error: MissingConfigException) -> RequestError:
 
 def _omegaconf(error: OmegaConfBaseException, overrides: Sequence[str]) -> RequestError:
     key = str(error.full_key or "")
-    given = _given_value(key, overrides)
     message = _one_line(str(error.msg or error).split("\n")[0])
+    given = _given_value(key, overrides)
+    if given is None and (quoted := re.match(r"Value '(.*?)'", message)):
+        given = quoted.group(1)  # from a YAML file
     if isinstance(error, MissingMandatoryValue):
         return RequestError(f"{key}: has to be given")
+    if isinstance(error, InterpolationToMissingValueError):
+        return RequestError(f"{message.rpartition(': ')[2]}: has to be given, because {key} refers to it")
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         return _unknown_key(key, given, error)
-    if isinstance(error, InterpolationKeyError | InterpolationToMissingValueError):
-        return RequestError(f"{key}: {message}")
-    if isinstance(error, ValidationError):
-        expected = re.search(r"could not be converted to (\w+)", message)
-        choices = re.search(r"expected one of \[(.*)\]", message)
-        if choices:
-            return bad_choice(key, given, [choice.strip() for choice in choices.group(1).split(",")])
-        if expected:
-            return RequestError(f"{key}={given}: expected {_TYPE_NAMES.get(expected.group(1), expected.group(1))}")
-    return RequestError(f"{key}={given}: {message}" if key else message)
+    if choices := re.search(r"expected one of \[(.*)\]", message):
+        return bad_choice(key, given, [choice.strip() for choice in choices.group(1).split(",")])
+    for words, expected in _EXPECTED.items():
+        if words in message:
+            return RequestError(f"{_pair(key, given)}: expected {expected}")
+    return RequestError(f"{_pair(key, given)}: {message}" if key else message)
 
 
-_TYPE_NAMES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
+_EXPECTED = {  # OmegaConf's words -> ours
+    "could not be converted to Integer": "a whole number",
+    "could not be converted to Float": "a number",
+    "is not a valid bool": "true or false",
+    "is not Optional": "a value, not null",
+    "is not a ListConfig": "a list, [A,B]",
+    "does not support deletion": "a value; keys cannot be removed",
+}
 
 
-def _unknown_key(key: str, given: str, error: OmegaConfBaseException) -> RequestError:
+def _unknown_key(key: str, given: str | None, error: OmegaConfBaseException) -> RequestError:
     parent = error.parent_node
     where, _, last = key.rpartition(".")
     names = sorted(str(name) for name in parent) if isinstance(parent, DictConfig) else []
@@ -74,11 +80,11 @@ def _unknown_key(key: str, given: str, error: OmegaConfBaseException) -> Request
     return _unknown(key, given, last, where, names)
 
 
-def _unknown(key: str, given: str, last: str, where: str, names: Sequence[str]) -> RequestError:
+def _unknown(key: str, given: str | None, last: str, where: str, names: Sequence[str]) -> RequestError:
     near = difflib.get_close_matches(last, names, n=1)
     hint = f" (did you mean {where + '.' if where else ''}{near[0]}?)" if near else ""
     known = f"; {where or 'the top level'} has {', '.join(names)}" if names else ""
-    return RequestError(f"{key}={given}: unknown key{hint}{known}")
+    return RequestError(f"{_pair(key, given)}: unknown key{hint}{known}")
 
 
 def _hydra(message: str, overrides: Sequence[str]) -> RequestError:
@@ -89,13 +95,17 @@ def _hydra(message: str, overrides: Sequence[str]) -> RequestError:
     return RequestError(line)
 
 
-def _given_value(key: str, overrides: Sequence[str]) -> str:
-    """What the command line gave for a key."""
+def _given_value(key: str, overrides: Sequence[str]) -> str | None:
+    """What the command line gave for a key, if it did."""
     for override in reversed(overrides):
         name, separator, value = override.lstrip("+~").partition("=")
         if separator and name == key:
             return value
-    return "?"
+    return None
+
+
+def _pair(key: str, value: str | None) -> str:
+    return key if value is None else f"{key}={value}"
 
 
 def _one_line(text: str) -> str:

@@ -280,6 +280,8 @@ class RunConfig:
 
     def check(self) -> None:
         """Raises RequestError for impossible values, before anything has been done."""
+        if not self.name.strip() or "/" in self.name:
+            raise bad_value("name", self.name, "a word that tables and plots call the run by, without a slash")
         check_seed("seed", self.seed)
         if self.threads is not None and self.threads < 1:
             raise bad_value("threads", self.threads, "a whole number >= 1, or null")
@@ -316,7 +318,8 @@ class RunConfig:
                 )
 
     def _check_paths(self) -> None:
-        needs = {"train-sft": (), "train-rm": ("sft",), "train-policy": ("sft", "rm"), "eval": ()}
+        measures_rm = () if self.policies else ("rm",)  # else the one behind the first policy
+        needs = {"train-sft": (), "train-rm": ("sft",), "train-policy": ("sft", "rm"), "eval": measures_rm}
         for stage in needs[self.command]:
             if getattr(self, stage).path is None:
                 raise RequestError(
@@ -325,9 +328,9 @@ class RunConfig:
 
 
 def check_seed(key: str, seed: int) -> None:
-    """Seeds key 64-bit counters: they are never negative."""
-    if seed < 0:
-        raise bad_value(key, seed, "a whole number >= 0")
+    """Seeds key 64-bit counters."""
+    if not 0 <= seed < 2**63:
+        raise bad_value(key, seed, "a whole number >= 0, below 2^63")
 
 
 def check_no_extra_keys(node: Any, where: str = "") -> None:
@@ -338,8 +341,7 @@ def check_no_extra_keys(node: Any, where: str = "") -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" (did you mean {where}{near[0]}?)" if near else ""
-            raise RequestError(
-                f"{key}: unknown key{hint}; {where.rstrip('.') or 'the top level'} has {', '.join(known)}"
-            )
+            place = where.rstrip(".") or "the top level"
+            raise RequestError(f"{key}={getattr(node, name)}: unknown key{hint}; {place} has {', '.join(known)}")
         if is_dataclass(getattr(node, name)):
             check_no_extra_keys(getattr(node, name), f"{key}.")

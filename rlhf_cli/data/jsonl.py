@@ -30,14 +30,14 @@ def load_jsonl(settings: JsonlSettings) -> Dataset:
     Raises:
         RequestError: naming file, line and column of what cannot be used.
     """
-    path = _existing("data.path", settings.path)
+    path = existing_file("data.path", settings.path)
     rows = list(read_preferences(path))
     if not rows:
         raise RequestError(f"data.path={path}: has no rows")
     if settings.test_path is None:
         train, validation, test = split_by_prompt(rows, settings.validation_fraction, settings.test_fraction)
     else:
-        test_path = _existing("data.test_path", settings.test_path)
+        test_path = existing_file("data.test_path", settings.test_path)
         test = list(read_preferences(test_path))
         if not test:
             raise RequestError(f"data.test_path={test_path}: has no rows")
@@ -200,7 +200,7 @@ def _unique_prompts(rows: Sequence[Preference]) -> list[Prompt]:
     return list(dict.fromkeys(row.prompt for row in rows))
 
 
-def _existing(key: str, path: str | None) -> Path:
+def existing_file(key: str, path: str | None) -> Path:
     assert path is not None
     file = Path(path).expanduser()
     if file.is_dir():

@@ -21,6 +21,9 @@ from rlhf_cli.errors import RequestError, bad_value
 from rlhf_cli.models.settings import ModelSettings
 from rlhf_cli.models.tokenizer import ensure_pad_token
 
+# Of torch's own allocations on a CPU, in bytes.
+_ALIGNMENT = 64
+
 
 def resolve_path(key: str, path: str) -> str:
     """The folder or hub id that `path` stands for: a run folder gives its model/.
@@ -197,11 +200,21 @@ def _from_pretrained(auto_class: Any, key: str, path: str, **extra: Any) -> tupl
             ignore_mismatched_sizes=True,  # named below; the error of transformers points to a report in its log
             **extra,
         )
-    except (
-        Exception
-    ) as error:  # broken configs and weights raise anything: TypeError, SafetensorError, RuntimeError
+    except Exception as error:  # a broken config or file raises anything: TypeError, KeyError, SafetensorError
         raise _unusable(key, path, "it", error) from error
+    _align(model)
     return model, sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+
+
+def _align(model: PreTrainedModel) -> None:
+    """Moves weights that lie in the mapped file into memory of torch's own alignment.
+
+    Where they lie in the file depends on the length of its header, and kernels round differently for it: the same
+    weights, loaded from two files, would give logits that differ in the last bit.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def _require_weights(key: str, path: str, missing: Sequence[str]) -> None:

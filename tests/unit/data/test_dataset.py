@@ -20,6 +20,7 @@ Parts = tuple[Sequence[Any], ...]
         pytest.param(([A], [B]), ([A, B], []), id="a row on the other side"),
         pytest.param(([A], [B]), ([B], [A]), id="sides exchanged"),
         pytest.param(([A],), ([A, A],), id="a duplicate"),
+        pytest.param(([A, A, B],), ([A, B, B],), id="which row is the duplicate"),
         pytest.param(([A],), ([replace(A, prompt="P")],), id="prompt"),
         pytest.param(([A],), ([replace(A, chosen="bad", rejected="good")],), id="swapped completions"),
         pytest.param(([A],), ([replace(A, margin=1e-9)],), id="margin"),

@@ -40,7 +40,9 @@ PAIR = Preference("p", "good", "bad")
         pytest.param(row(), [PAIR], id="strings"),
         pytest.param("", [], id="empty file"),
         pytest.param("\n \n\t\n", [], id="blank lines alone"),
-        pytest.param(f"\n{row()}\n\n{row(chosen='fine')}\n\n", [PAIR, Preference("p", "fine", "bad")], id="blank lines"),
+        pytest.param(
+            f"\n{row()}\n\n{row(chosen='fine')}\n\n", [PAIR, Preference("p", "fine", "bad")], id="blank lines"
+        ),
         pytest.param(f"{row()}\r\n{row()}\r\n", [PAIR, PAIR], id="CRLF"),
         pytest.param(b"\xef\xbb\xbf" + row().encode(), [PAIR], id="BOM"),
         pytest.param(f"{row()}\n{row()}", [PAIR, PAIR], id="duplicate rows stay"),
@@ -49,14 +51,18 @@ PAIR = Preference("p", "good", "bad")
             [Preference("a\u2028b\u0085c", "d\u2029e", "f"), PAIR],
             id="line separators inside a string",
         ),
-        pytest.param(row(prompt="a\nb\u2028"), [Preference("a\nb\u2028", "good", "bad")], id="escaped line breaks"),
+        pytest.param(
+            row(prompt="a\nb\u2028"), [Preference("a\nb\u2028", "good", "bad")], id="escaped line breaks"
+        ),
         pytest.param(
             '{"prompt": "🎬 שלום", "chosen": "مرحبا 👩\u200d👩\u200d👧", "rejected": "\\ud83c\\udfac"}',
             [Preference("🎬 שלום", "مرحبا 👩\u200d👩\u200d👧", "🎬")],
             id="emoji and right-to-left text",
         ),
         pytest.param(row(prompt=""), [Preference("", "good", "bad")], id="empty prompt"),
-        pytest.param(row(chosen="same", rejected="same"), [Preference("p", "same", "same")], id="equal completions"),
+        pytest.param(
+            row(chosen="same", rejected="same"), [Preference("p", "same", "same")], id="equal completions"
+        ),
         pytest.param(row(chosen=" good\n"), [Preference("p", " good\n", "bad")], id="white space is kept"),
         pytest.param(row(margin=2), [Preference("p", "good", "bad", margin=2.0)], id="margin, whole"),
         pytest.param(row(margin=-0.5), [Preference("p", "good", "bad", margin=-0.5)], id="margin, negative"),
@@ -93,11 +99,19 @@ def test_rows_that_can_be_read(tmp_path: Path, content: str | bytes, expected: l
     ("content", "complaint"),
     [
         pytest.param(f"{row()}\n{{", "line 2, character 2: not JSON (Expecting property name", id="not JSON"),
-        pytest.param('{"prompt": "p", "cho', "line 1, character 17: not JSON (Unterminated string", id="a cut line"),
+        pytest.param(
+            '{"prompt": "p", "cho', "line 1, character 17: not JSON (Unterminated string", id="a cut line"
+        ),
         pytest.param("prompt,chosen,rejected\np,a,b", "line 1, character 1: not JSON (Expecting value)", id="CSV"),
-        pytest.param(row() * 2, f"line 1, character {len(row()) + 1}: not JSON (Extra data)", id="two rows in one line"),
-        pytest.param(f"{row()}\n\0\0\0", "line 2, character 1: not JSON (Expecting value)", id="zeros after a crash"),
-        pytest.param("[" * 100_000, "line 1: a number is too long, or the nesting too deep, to be read", id="nesting"),
+        pytest.param(
+            row() * 2, f"line 1, character {len(row()) + 1}: not JSON (Extra data)", id="two rows in one line"
+        ),
+        pytest.param(
+            f"{row()}\n\0\0\0", "line 2, character 1: not JSON (Expecting value)", id="zeros after a crash"
+        ),
+        pytest.param(
+            "[" * 100_000, "line 1: a number is too long, or the nesting too deep, to be read", id="nesting"
+        ),
         pytest.param(
             row()[:-1] + ', "margin": ' + "9" * 5000 + "}",
             "line 1: a number is too long, or the nesting too deep, to be read",
@@ -127,17 +141,27 @@ def test_rows_that_can_be_read(tmp_path: Path, content: str | bytes, expected: l
             "line 1: no column prompt; without it chosen and rejected are message lists with the same first turns",
             id="no prompt, answers alone",
         ),
-        pytest.param(row(prompt=3), "line 1, column prompt: expected a string or a list of messages", id="prompt 3"),
-        pytest.param(row(prompt=None), "line 1, column prompt: expected a string or a list of messages", id="null prompt"),
-        pytest.param(row(prompt=[]), "line 1, column prompt: expected a string or a list of messages", id="no messages"),
-        pytest.param(row(chosen=[]), "line 1, column chosen: expected a string or a list of messages", id="no answer"),
+        pytest.param(
+            row(prompt=3), "line 1, column prompt: expected a string or a list of messages", id="prompt 3"
+        ),
+        pytest.param(
+            row(prompt=None), "line 1, column prompt: expected a string or a list of messages", id="null prompt"
+        ),
+        pytest.param(
+            row(prompt=[]), "line 1, column prompt: expected a string or a list of messages", id="no messages"
+        ),
+        pytest.param(
+            row(chosen=[]), "line 1, column chosen: expected a string or a list of messages", id="no answer"
+        ),
         pytest.param(
             row(rejected={"role": "assistant"}),
             "line 1, column rejected: expected a string or a list of messages",
             id="a message without a list",
         ),
         pytest.param(
-            row(prompt=["q"]), 'line 1, column prompt: a message is {"role": ..., "content": text}', id="a list of text"
+            row(prompt=["q"]),
+            'line 1, column prompt: a message is {"role": ..., "content": text}',
+            id="a list of text",
         ),
         pytest.param(
             row(chosen=[{"role": "assistant", "content": ["a"]}]),
@@ -173,13 +197,19 @@ def test_rows_that_can_be_read(tmp_path: Path, content: str | bytes, expected: l
         pytest.param(row(rejected=" \n"), "line 1, column rejected: empty", id="blank answer"),
         pytest.param(row(rejected=[answer("")]), "line 1, column rejected: empty", id="empty message"),
         pytest.param(row(margin=float("nan")), "line 1, column margin: expected a finite number", id="NaN margin"),
-        pytest.param(row(margin=float("inf")), "line 1, column margin: expected a finite number", id="infinite margin"),
-        pytest.param(row(margin=10**400), "line 1, column margin: expected a finite number", id="margin of 400 digits"),
+        pytest.param(
+            row(margin=float("inf")), "line 1, column margin: expected a finite number", id="infinite margin"
+        ),
+        pytest.param(
+            row(margin=10**400), "line 1, column margin: expected a finite number", id="margin of 400 digits"
+        ),
         pytest.param(row(margin="2"), "line 1, column margin: expected a finite number", id="margin as text"),
         pytest.param(row(margin=True), "line 1, column margin: expected a finite number", id="margin true"),
         pytest.param(row(margin=None), "line 1, column margin: expected a finite number", id="margin null"),
         pytest.param(
-            row(prompt="a\ud83d"), "line 1, column prompt: \\ud83d is one half of a character", id="half a character"
+            row(prompt="a\ud83d"),
+            "line 1, column prompt: \\ud83d is one half of a character",
+            id="half a character",
         ),
         pytest.param(
             row(chosen="\udc00"), "line 1, column chosen: \\udc00 is one half of a character", id="half an answer"
@@ -271,7 +301,11 @@ def test_load_gives_every_stage_its_rows(tmp_path: Path) -> None:
     )
     data = load_jsonl(settings)
     train, validation, test = split_by_prompt(rows, 0.1, 0.2)
-    assert (list(data.pairs), list(data.pairs_validation), list(data.pairs_test["test"])) == (train, validation, test)
+    assert (list(data.pairs), list(data.pairs_validation), list(data.pairs_test["test"])) == (
+        train,
+        validation,
+        test,
+    )
     assert list(data.sft) == [Example(row.prompt, row.chosen) for row in train]
     assert list(data.sft_validation) == [Example(row.prompt, row.chosen) for row in validation]
     for prompts, part in (

@@ -22,7 +22,12 @@ from rlhf_cli.types import Example, Message, Preference
 EOS = 1  # of byte_tokenizer
 MANY = 10_000
 
-CHAT = (Message("system", "be brief"), Message("user", "hi"), Message("assistant", "yes?"), Message("user", "why?"))
+CHAT = (
+    Message("system", "be brief"),
+    Message("user", "hi"),
+    Message("assistant", "yes?"),
+    Message("user", "why?"),
+)
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -166,7 +171,9 @@ class TestChat:
 
     def test_turns_that_the_template_refuses(self) -> None:
         tokenizer = bos_tokenizer("{{ raise_exception('System role not supported') }}")
-        message = r"^prompt with the roles system, user: the chat template refuses it \(System role not supported\)$"
+        message = (
+            r"^prompt with the roles system, user: the chat template refuses it \(System role not supported\)$"
+        )
         with pytest.raises(RequestError, match=message):
             render_prompt(CHAT[:2], tokenizer)
 

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +20,7 @@ from fixtures_models import (
     tiny_lm,
     tiny_settings,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -68,7 +65,9 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     return shutil.copytree(saved, tmp_path / "model")
 
 
-def logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str = "the film was good") -> torch.Tensor:
+def logits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str = "the film was good"
+) -> torch.Tensor:
     with torch.no_grad():
         return model(torch.tensor([tokenizer(text)["input_ids"]])).logits
 
@@ -136,6 +135,20 @@ class TestRoundTrip:
         assert same_weights(loaded, model)
         assert not loaded.training and loaded.dtype == torch.float32
 
+    def test_the_length_of_the_file_header_changes_nothing(self, tmp_path: Path) -> None:
+        # weights in a mapped file are aligned by chance, and kernels round by alignment
+        found = []
+        for padding in (0, 8):
+            folder = tmp_path / str(padding)
+            save_model(gpt2_lm(byte_tokenizer()), byte_tokenizer(), folder)
+            weights = folder / "model.safetensors"
+            save_file(load_file(weights), weights, metadata={"format": "pt", "note": "x" * padding})
+            model, tokenizer = load_causal_lm("sft.path", str(folder), CPU)
+            assert all(tensor.data_ptr() % 64 == 0 for tensor in (*model.parameters(), *model.buffers()))
+            assert model.lm_head.weight is model.get_input_embeddings().weight  # still tied
+            found.append(logits(model, tokenizer))
+        assert torch.equal(*found)
+
     def test_weights_are_stored_as_safetensors_alone(self, saved: Path) -> None:
         assert {file.suffix for file in saved.iterdir()} == {".json", ".safetensors"}
 
@@ -179,7 +192,9 @@ class TestResolve:
             resolve_path("rm.path", path)
         assert str(caught.value) == f"rm.path={path}: no such folder"
 
-    def test_a_missing_folder_beside_others_is_no_hub_id(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_missing_folder_beside_others_is_no_hub_id(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         (tmp_path / "runs").mkdir()
         monkeypatch.chdir(tmp_path)
         with pytest.raises(RequestError, match=r"^rm\.path=runs/sft: no such folder$"):
@@ -188,109 +203,6 @@ class TestResolve:
     def test_a_file(self, saved: Path) -> None:
         with pytest.raises(RequestError, match="is a file; expected the folder of a run or of a model"):
             resolve_path("rm.path", str(saved / "config.json"))
-
-
-class TestUnusable:
-    @staticmethod
-    def refused(folder: Path | str) -> str:
-        with pytest.raises(RequestError) as caught:
-            load_causal_lm("sft.path", str(folder), CPU)
-        message = str(caught.value)
-        assert message.startswith(f"sft.path={folder}: ") and "\n" not in message
-        return message
-
-    def test_pickled_weights(self, folder: Path) -> None:
-        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")  # noqa: TID251
-        (folder / "model.safetensors").unlink()
-        assert "no file named model.safetensors" in self.refused(folder)
-
-    @pytest.mark.parametrize("size", [0, 100, -100], ids=["empty", "header cut", "tensors cut"])
-    def test_cut_weights(self, folder: Path, size: int) -> None:
-        weights = folder / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:size])
-        assert ": it cannot be loaded (SafetensorError: " in self.refused(folder)
-
-    def test_missing_weights_are_never_filled_in(self, folder: Path) -> None:
-        edit_json(folder / "config.json", num_hidden_layers=3)
-        expected = "cannot be loaded (no weights of the right shape for model.layers.2.input_layernorm.weight and 8 more)"
-        assert expected in self.refused(folder)
-
-    def test_a_missing_head(self, folder: Path) -> None:
-        edit_json(folder / "config.json", tie_word_embeddings=False)
-        assert "no weights of the right shape for lm_head.weight)" in self.refused(folder)
-
-    def test_weights_of_another_shape(self, folder: Path) -> None:
-        edit_json(folder / "config.json", intermediate_size=48)
-        assert "no weights of the right shape for model.layers.0.mlp.down_proj.weight and 5 more)" in self.refused(folder)
-
-    def test_a_reward_model_is_no_language_model(self, tmp_path: Path) -> None:
-        save_model(classifier_from_lm(tiny_lm(), 0), byte_tokenizer(), tmp_path)
-        assert "is a sequence classifier (a reward model); expected a language model" in self.refused(tmp_path)
-
-    def test_a_language_model_is_no_classifier(self, saved: Path) -> None:
-        with pytest.raises(RequestError, match=r"^rm\.path=.*no weights of the right shape for score\.weight\)$"):
-            load_classifier("rm.path", str(saved), CPU)
-
-    @pytest.mark.parametrize(
-        "config", ["{", "[]", "{}", '{"model_type": "unheard-of"}', '{"model_type": "llama", "hidden_size": "x"}']
-    )
-    def test_a_broken_config(self, folder: Path, config: str) -> None:
-        (folder / "config.json").write_text(config)
-        assert "cannot be loaded (" in self.refused(folder)
-
-    @pytest.mark.parametrize("content", [None, "{", "{}", '{"version": "1.0", "added_tokens": [], "model": 3}'])
-    def test_a_broken_tokenizer(self, folder: Path, content: str | None) -> None:
-        if content is None:
-            (folder / "tokenizer.json").unlink()
-        else:
-            (folder / "tokenizer.json").write_text(content)
-        assert ": its tokenizer cannot be loaded (" in self.refused(folder)
-
-    def test_an_encoder_is_no_language_model(self, tmp_path: Path) -> None:
-        tokenizer = bert_tokenizer()
-        save_model(distilbert(tokenizer), tokenizer, tmp_path)
-        assert "cannot be loaded" in self.refused(tmp_path)
-
-
-class TestRemoteCode:
-    CODE = "from pathlib import Path\nPath(__file__).with_name('executed').touch()\nclass Config: pass\nModel = Config\n"
-
-    @pytest.mark.parametrize("model_type", ["llama", "unheard-of"])
-    def test_the_code_of_a_model_is_not_executed(self, folder: Path, model_type: str) -> None:
-        (folder / "evil.py").write_text(self.CODE)
-        auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
-        edit_json(folder / "config.json", auto_map=auto_map, model_type=model_type)
-        if model_type == "llama":  # transformers has its own code for it
-            model, _ = load_causal_lm("sft.path", str(folder), CPU)
-            assert type(model) is LlamaForCausalLM
-        else:
-            TestUnusable.refused(folder)
-        assert not list(folder.rglob("executed"))
-
-    def test_the_code_of_a_tokenizer_is_not_executed(self, folder: Path) -> None:
-        (folder / "evil.py").write_text(self.CODE)
-        edit_json(
-            folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "evil.Model"]}, tokenizer_class="Model"
-        )
-        TestUnusable.refused(folder)
-        assert not list(folder.rglob("executed"))
-
-
-def test_a_hub_id_offline_is_one_line(tmp_path: Path) -> None:
-    script = """
-import torch
-from rlhf_cli.errors import RequestError
-from rlhf_cli.models.loading import load_causal_lm, resolve_path
-try:
-    load_causal_lm("model.path", resolve_path("model.path", "nobody/nothing-here"), torch.device("cpu"))
-except RequestError as error:
-    print(error)
-"""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
-    (line,) = result.stdout.splitlines()
-    assert line.startswith("model.path=nobody/nothing-here: its tokenizer cannot be loaded (OSError: ")
-    assert "Traceback" not in result.stderr and "Retrying" not in result.stderr
 
 
 class TestPad:
@@ -444,13 +356,17 @@ def test_frozen_parameters_are_counted_apart() -> None:
     assert counts == {"parameters/trainable": total - embedding.numel(), "parameters/total": total}
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason=f"a trained model from outside the repository is not at {STORIES}")
+@pytest.mark.skipif(
+    not STORIES.is_dir(), reason=f"a trained model from outside the repository is not at {STORIES}"
+)
 def test_a_trained_model_from_elsewhere(tmp_path: Path) -> None:
     model, tokenizer = load_causal_lm("model.path", str(STORIES), CPU)
     assert eos_ids(model, tokenizer) == (1, 2)
     assert tokenizer.pad_token_id == 0 and len(tokenizer) == model.config.vocab_size == 512
     prompt = torch.tensor([tokenizer("Once upon a time")["input_ids"]])
-    told = tokenizer.decode(model.generate(prompt, max_new_tokens=12, do_sample=False)[0], skip_special_tokens=True)
+    told = tokenizer.decode(
+        model.generate(prompt, max_new_tokens=12, do_sample=False)[0], skip_special_tokens=True
+    )
     assert told.startswith("Once upon a time, there was a little girl named")
     save_model(model, tokenizer, tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -32,7 +32,11 @@ def review_texts() -> list[str]:
 def test_training_is_the_same_in_another_process() -> None:
     surroundings = {"PYTHONHASHSEED": "1", "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "4"}
     there = subprocess.run(
-        [sys.executable, "-c", TRAIN], env={**os.environ, **surroundings}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", TRAIN],
+        env={**os.environ, **surroundings},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     here = train_tokenizer(review_texts(), 512).backend_tokenizer.to_str()
     assert there.stdout.strip() == hashlib.sha256(here.encode()).hexdigest()

@@ -15,7 +15,7 @@ from fixtures_models import CPU, byte_tokenizer, edit_json, reward_model, tiny_l
 from rlhf_cli.data.tokenise import collate, encode_completion, encode_prompt
 from rlhf_cli.errors import RequestError
 from rlhf_cli.models.loading import save_model
-from rlhf_cli.rewards.model import RewardFormat, RewardModel, load_reward_model, score_sequences
+from rlhf_cli.rewards.model import RewardFormat, RewardModel, load_reward_model, score_sequences, store_scale
 from rlhf_cli.train.reward import encode
 from rlhf_cli.types import Message, Preference
 
@@ -86,8 +86,6 @@ class TestScore:
 
     def test_pad_that_is_a_text_token(self, decoder: RewardModel) -> None:
         expected = decoder.score(PROMPTS, COMPLETIONS).raw
-        tokenizer = byte_tokenizer().__class__.from_pretrained
-        del tokenizer
         end = decoder.encode(PROMPTS[0], COMPLETIONS[0])[1][-2]
         model, before = decoder.model, decoder.model.config.pad_token_id
         try:
@@ -138,12 +136,14 @@ class TestFormat:
     def test_a_cut_completion_has_no_eos(self) -> None:
         reward = reward_model()
         assert reward.encode("the ", "film", finished=True)[1][-1] == EOS
-        assert reward.encode("the ", "film", finished=True)[1][:-1] == reward.encode("the ", "film", finished=False)[1]
+        assert (
+            reward.encode("the ", "film", finished=True)[1][:-1]
+            == reward.encode("the ", "film", finished=False)[1]
+        )
         scores = reward.score(["the "] * 2, ["film"] * 2, finished=[True, False]).raw
-        expected = [
-            float(score_sequences(reward.model, collate([reward.encode("the ", "film", f)], 0))) for f in (True, False)
-        ]
-        assert scores.tolist() == pytest.approx(expected, abs=1e-5)
+        rows = [reward.encode("the ", "film", finished) for finished in (True, False)]
+        expected = torch.cat([score_sequences(reward.model, collate([row], 0)) for row in rows])
+        torch.testing.assert_close(scores, expected.detach(), atol=1e-5, rtol=0)
         assert scores[0] != scores[1]
 
     def test_without_eos(self) -> None:
@@ -151,22 +151,36 @@ class TestFormat:
         assert EOS not in reward.encode("the ", "film")[1]
 
     def test_standardised(self) -> None:
-        reward = reward_model().with_scale(0.5, 4.0)
-        scores = reward.score(PROMPTS, COMPLETIONS)
+        scores = reward_model(mean=0.5, std=4.0).score(PROMPTS, COMPLETIONS)
         torch.testing.assert_close(scores.reward, (scores.raw - 0.5) / 4.0)
-        assert (reward.format.mean, reward.format.std) == (0.5, 4.0)
+        raw = reward_model().score(PROMPTS, COMPLETIONS)
+        assert torch.equal(raw.reward, raw.raw) and torch.equal(raw.raw, scores.raw)
 
-    def test_its_own_samples_have_mean_0_and_deviation_1(self) -> None:
-        reward = reward_model()
-        raw = reward.score(PROMPTS, COMPLETIONS).raw.double()
-        scaled = reward.with_scale(float(raw.mean()), float(raw.std())).score(PROMPTS, COMPLETIONS).reward
-        assert float(scaled.mean()) == pytest.approx(0, abs=1e-6)
-        assert float(scaled.std()) == pytest.approx(1, abs=1e-6)
 
-    @pytest.mark.parametrize("scale", [(0.0, 0.0), (0.0, -1.0), (0.0, np.nan), (np.inf, 1.0), (np.nan, 1.0)])
-    def test_a_reward_that_does_not_vary(self, scale: tuple[float, float]) -> None:
+class TestScale:
+    def test_its_own_samples_have_mean_0_and_deviation_1(self, tmp_path: Path) -> None:
+        reward_model().save(tmp_path)
+        before = load_reward_model("rm.path", str(tmp_path), CPU).score(PROMPTS, COMPLETIONS)
+        raw = before.raw.double()
+        store_scale(tmp_path, float(raw.mean()), float(raw.std()))
+        after = load_reward_model("rm.path", str(tmp_path), CPU).score(PROMPTS, COMPLETIONS)
+        assert float(after.reward.mean()) == pytest.approx(0, abs=1e-6)
+        assert float(after.reward.std()) == pytest.approx(1, abs=1e-6)
+        assert torch.equal(after.raw, before.raw)
+
+    def test_nothing_else_changes(self, tmp_path: Path) -> None:
+        reward_model(append_eos=False).save(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        others = {file: file.read_bytes() for file in tmp_path.iterdir() if file.name != "config.json"}
+        store_scale(tmp_path, 1.5, 0.25)
+        config["rlhf_reward"] |= {"mean": 1.5, "std": 0.25}
+        assert json.loads((tmp_path / "config.json").read_text()) == config
+        assert {file: file.read_bytes() for file in tmp_path.iterdir() if file.name != "config.json"} == others
+
+    @pytest.mark.parametrize("scale", [(0.0, 0.0), (0.0, -1.0), (0.0, np.nan), (0.0, np.inf), (np.inf, 1.0), (np.nan, 1.0)])
+    def test_a_reward_that_does_not_vary(self, scale: tuple[float, float], tmp_path: Path) -> None:
         with pytest.raises(RequestError, match=r"^rm\.standardize: the reward model gives mean .* on SFT samples"):
-            reward_model().with_scale(*scale)
+            store_scale(tmp_path, *scale)
 
 
 PLAIN = """
@@ -196,17 +210,8 @@ class TestSaved:
         one, other = loaded.score(PROMPTS, COMPLETIONS), changed.score(PROMPTS, COMPLETIONS)
         assert torch.equal(one.raw, other.raw) and torch.equal(one.reward, other.reward)
 
-    def test_saving_over_itself(self, tmp_path: Path) -> None:
-        # the scale is added to a folder whose weights are the ones in memory
-        reward_model().save(tmp_path)
-        before = load_reward_model("rm.path", str(tmp_path), CPU).score(PROMPTS, COMPLETIONS)
-        load_reward_model("rm.path", str(tmp_path), CPU).with_scale(1.0, 2.0).save(tmp_path)
-        after = load_reward_model("rm.path", str(tmp_path), CPU)
-        assert (after.format.mean, after.format.std) == (1.0, 2.0)
-        assert torch.equal(after.score(PROMPTS, COMPLETIONS).raw, before.raw)
-
     def test_plain_transformers_gives_the_raw_logits_in_a_fresh_process(self, tmp_path: Path) -> None:
-        reward = reward_model("llama", max_prompt_tokens=40, max_completion_tokens=40).with_scale(0.3, 0.7)
+        reward = reward_model("llama", max_prompt_tokens=40, max_completion_tokens=40, mean=0.3, std=0.7)
         reward.save(tmp_path)
         # whole prompts, so that one text has the ids of prompt and completion encoded apart
         prompts, completions = ["the film", "a", "the plot"], [" was good .", " warm , funny story !", " is bad"]
@@ -246,7 +251,9 @@ class TestSaved:
     def test_a_classifier_from_elsewhere(self, tmp_path: Path) -> None:
         reward = reward_model()
         save_model(reward.model, reward.tokenizer, tmp_path)
-        with pytest.raises(RequestError, match=r"not a reward model of this project \(config\.json has no rlhf_reward"):
+        with pytest.raises(
+            RequestError, match=r"not a reward model of this project \(config\.json has no rlhf_reward"
+        ):
             load_reward_model("rm.path", str(tmp_path), CPU)
 
     def test_several_labels(self, tmp_path: Path) -> None:

@@ -94,6 +94,16 @@ def test_logprobs_are_those_of_a_plain_forward_pass(models):
         assert tokens.logprob[row][tokens.mask[row]].tolist() == pytest.approx(slow, abs=1e-5)
 
 
+def test_kls_are_sums_over_the_vocabulary_at_the_temperature(models):
+    policy, reference, _ = models
+    kls = full_kls(policy, reference, collate(ROWS, PAD), 0.5, 2)
+    for row, (prompt, completion) in enumerate(ROWS):
+        with torch.no_grad():
+            logits = [model(torch.tensor([[*prompt, *completion]])).logits[0].double() for model in models[:2]]
+        log_q, log_p = (torch.log_softmax(values[len(prompt) - 1 : -1] / 0.5, -1) for values in logits)
+        assert kls[row].item() == pytest.approx(float((log_q.exp() * (log_q - log_p)).sum()), rel=1e-4)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_do_not_see_padding(models, layout):
     policy, _, _ = models

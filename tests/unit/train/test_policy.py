@@ -93,6 +93,34 @@ def test_step_0_has_no_kl_and_a_ratio_of_one_exactly(
     assert row["rollout/logprob_mismatch"] < 1e-4
 
 
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_policy_and_reference_are_scored_in_the_shapes_of_training(make_llama, word_tokenizer, micro_batch_size):
+    # another shape may choose another kernel, which rounds in another way
+    task = _task(make_llama(), word_tokenizer, micro_batch_size=micro_batch_size)
+    shapes = {}
+    for name, model in (("policy", task.model), ("reference", task.reference)):
+        seen = shapes[name] = []
+        model.register_forward_pre_hook(
+            lambda _module, _args, kwargs, seen=seen: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+        )
+    batch = task.batch(0)
+    trained = [micro.sequences.ids.shape for micro in batch.micro_batches]
+    assert shapes["reference"] == trained
+    assert shapes["policy"][-len(trained) :] == trained
+
+
+def test_each_rollout_has_noise_of_its_own(make_llama, word_tokenizer):
+    task = _task(make_llama(), word_tokenizer, batch_size=2 * len(PROMPTS))  # every prompt in every step
+    drawn = []
+    for step in (0, 1):
+        (micro,) = task.batch(step).micro_batches
+        is_prompt = micro.sequences.attention_mask & ~micro.sequences.completion_mask
+        prompts = [tuple(ids[mask].tolist()) for ids, mask in zip(micro.sequences.ids, is_prompt, strict=True)]
+        drawn.append(dict(zip(prompts, _completions(micro), strict=True)))
+    assert drawn[0].keys() == drawn[1].keys() and len(drawn[0]) == len(PROMPTS)
+    assert sum(drawn[0][prompt] != drawn[1][prompt] for prompt in drawn[0]) > 7
+
+
 def test_the_reference_stays_and_the_kl_grows(make_llama, word_tokenizer, tmp_path):
     task = _task(make_llama(), word_tokenizer)
     before = {name: p.clone() for name, p in task.reference.named_parameters()}

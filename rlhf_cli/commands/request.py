@@ -1,0 +1,208 @@
+"""What a command line asks for: parsed, every job composed once and checked, before anything is written."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString, ValueType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from rlhf_cli.commands.help import conf_path, group_choices, is_group
+from rlhf_cli.config.explain import as_request_error
+from rlhf_cli.config.schema import Device, PrecisionName, RunConfig, check_no_extra_keys
+from rlhf_cli.data.settings import JsonlSettings
+from rlhf_cli.errors import RequestError, bad_choice, bad_value
+
+_MAX_JOBS_CHECKED = 256  # composing one takes about 50 ms
+
+# What a request leaves that was found wrong after Hydra had begun; beside it a folder counts as empty.
+_LEFTOVERS = frozenset({".hydra", "rlhf.log"})
+
+
+@dataclass(frozen=True)
+class Request:
+    """A command line that can be run."""
+
+    runs: bool  # False for --cfg, --info and the like
+    multirun: bool
+    folder: Path | None  # of the run or the sweep
+    arguments: Sequence[str]  # for Hydra
+
+
+def read_request(command: str, arguments: Sequence[str], multirun: bool = False) -> Request:
+    """Parses Hydra's flags and overrides, and checks every job.
+
+    Raises:
+        RequestError: naming key, value and choices; nothing has been written.
+    """
+    args = _parsed(arguments)
+    multirun = multirun or args.multirun or "hydra.mode=MULTIRUN" in args.overrides
+    try:
+        return _checked(command, _flags_first(arguments, args.overrides), args, multirun)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise as_request_error(error, args.overrides) from error
+
+
+def _flags_first(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """The order that Hydra can read."""
+    left = list(overrides)
+    flags = [argument for argument in arguments if not (left and argument == left[0] and left.pop(0))]
+    return [*flags, *overrides]
+
+
+def config_name(command: str) -> str:
+    """The YAML behind a command."""
+    return command.replace("-", "_")
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """Hydra's flags and the overrides; refuses what would import or unpickle."""
+    parser = get_args_parser()
+
+    def error(message: str) -> NoReturn:
+        raise RequestError(message)
+
+    parser.error = error  # type: ignore[method-assign]
+    args = parser.parse_intermixed_args(arguments)  # flags may stand between overrides
+    if args.experimental_rerun is not None:
+        raise RequestError("--experimental-rerun: not supported, because it loads a pickle")
+    shown = [flag for flag in ("cfg", "info", "shell_completion") if getattr(args, flag)]
+    if args.multirun and shown:
+        raise RequestError(f"--multirun --{shown[0]}: expected one of the two")
+    if args.config_dir is not None and not Path(args.config_dir).is_dir():
+        raise RequestError(f"--config-dir {args.config_dir}: no such folder")
+    for override in args.overrides:
+        if "_target_" in override:
+            raise RequestError(f"{override}: config cannot name a Python object to import")
+        if override.lstrip("+~").startswith("="):
+            raise RequestError(f"{override}: cannot be read as key=value (no key)")
+    return args
+
+
+def _checked(command: str, arguments: list[str], args: argparse.Namespace, multirun: bool) -> Request:
+    if args.cfg or args.info or args.hydra_help or args.help or args.shell_completion:
+        return Request(False, False, None, arguments)
+    config_dir = args.config_path or str(conf_path())
+    name = args.config_name or config_name(command)
+    _check_choices(args.overrides)
+    extra = [f"hydra.searchpath=[file://{Path(args.config_dir).absolute()}]"] if args.config_dir else []
+    with initialize_config_dir(str(Path(config_dir).absolute()), version_base="1.3", job_name="rlhf"):
+        if not multirun:
+            config = compose(name, [*args.overrides, *extra], return_hydra_config=True)
+            if config.hydra.mode is None or config.hydra.mode.name != "MULTIRUN":
+                _check_job(command, config)
+                folder = Path(config.hydra.run.dir)
+                _check_unused(folder)
+                return Request(True, False, folder, arguments)
+        folder = _check_sweep(command, name, args.overrides, extra)
+    pinned: list[str] = []
+    if not _sets(args.overrides, "hydra.sweep.dir"):  # every job composes run_dir anew: its time would differ
+        pinned = [f"run_dir={QuotedString(str(folder), Quote.single).with_quotes()}"]
+        arguments = [argument for argument in arguments if not argument.startswith("run_dir=")]
+    flags = [] if args.multirun else ["--multirun"]
+    return Request(True, True, folder, [*flags, *arguments, *pinned])
+
+
+def _check_choices(overrides: Sequence[str]) -> None:
+    """A choice is a file's name; Hydra has no message for null or a number."""
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        group = override.key_or_group
+        if override.value_type is ValueType.ELEMENT and not override.is_delete() and is_group(group):
+            value = override.value()
+            if not isinstance(value, str | list | dict):
+                raise bad_choice(group, override.get_value_element_as_str(), group_choices(group))
+
+
+def _check_sweep(command: str, name: str, overrides: Sequence[str], extra: Sequence[str]) -> Path:
+    """Composes and checks every job of a sweep; returns the sweep's folder."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    for override in parsed:
+        if override.is_sweep_override() and override.key_or_group == "run_dir":
+            raise RequestError(f"{override.input_line}: expected one folder; its jobs get 0, 1, ... inside")
+    fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
+    base = compose(name, [*fixed, *extra], return_hydra_config=True)
+    if base.hydra.runtime.choices["hydra/sweeper"] == "basic":
+        (jobs,) = BasicSweeper.split_arguments(parsed, None)
+        for one in jobs[:_MAX_JOBS_CHECKED]:
+            try:
+                _check_job(command, compose(name, [*one, *extra], return_hydra_config=True))
+            except (HydraException, OmegaConfBaseException) as error:
+                raise as_request_error(error, one) from error
+    folder = Path(base.hydra.sweep.dir)
+    _check_unused(folder)
+    return folder
+
+
+def _check_job(command: str, composed: DictConfig) -> None:
+    """Types are checked by the composition; this checks what types cannot say."""
+    plain = copy.deepcopy(composed)
+    with read_write(plain), open_dict(plain):
+        del plain["hydra"]
+    config = OmegaConf.to_object(plain)
+    assert isinstance(config, RunConfig), type(config)
+    check_no_extra_keys(config)
+    if config.command != command:
+        raise bad_value("command", config.command, f"{command}, as the command line says")
+    config.check()
+    if config.device not in (Device.auto, Device.cpu) or config.precision.name is PrecisionName.fp16:
+        from rlhf_cli.train.precision import resolve_device, resolve_precision
+
+        resolve_precision(config.precision.name.value, resolve_device(config.device.value))
+    _check_given_paths(config)
+
+
+def _check_given_paths(config: RunConfig) -> None:
+    """What is given is there, before a stage is trained on the way to it."""
+    given = [
+        ("model.path", config.model.path),
+        ("rm.model.path", config.rm.model.path),
+        ("sft.path", config.sft.path),
+        ("rm.path", config.rm.path),
+        ("reference.path", config.reference.path),
+        *(("policies", path) for path in config.policies),
+    ]
+    paths = [(key, path) for key, path in given if path is not None]
+    if paths:
+        from rlhf_cli.models.loading import resolve_path
+
+        for key, path in paths:
+            resolve_path(key, path)
+    if isinstance(config.data, JsonlSettings):
+        from rlhf_cli.data.jsonl import existing_file
+
+        for key in ("path", "test_path"):
+            if (path := getattr(config.data, key)) is not None:
+                existing_file(f"data.{key}", path)
+
+
+def _check_unused(folder: Path) -> None:
+    """An empty folder that can be written to: Hydra would overwrite its .hydra/ before we see it."""
+    if folder.is_dir():
+        names = sorted({entry.name for entry in folder.iterdir()} - _LEFTOVERS)
+        if "run.json" in names or "multirun.yaml" in names:
+            kind = "run" if "run.json" in names else "sweep"
+            raise RequestError(f"run_dir={folder}: already holds a {kind}; choose another folder")
+        if names:
+            raise RequestError(f"run_dir={folder}: is not empty ({names[0]}); choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"run_dir={folder}: cannot be created ({error.strerror})") from None
+    if not os.access(folder, os.W_OK):
+        raise RequestError(f"run_dir={folder}: cannot be written to")
+
+
+def _sets(overrides: Sequence[str], key: str) -> bool:
+    return any(override.lstrip("+").partition("=")[0] == key for override in overrides)

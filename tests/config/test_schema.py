@@ -1,0 +1,162 @@
+"""The dataclasses behind the YAML files and the files themselves say the same, and neither imports torch."""
+
+from __future__ import annotations
+
+import copy
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fixtures_config import CONF, choices, commands, composed, composed_now, groups, leaves, overrides, raw
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf_cli.config import schema
+from rlhf_cli.config.store import _SCHEMAS, register
+from rlhf_cli.models.settings import ModelSettings
+from rlhf_cli.train.settings import TrainSettings
+
+CHOICES = [f"{group}={choice}" for group in groups() for choice in choices(group)]
+
+# A model that is loaded has sizes of its own; what a schema says of them is not read.
+SIZES = {field.name for field in fields(ModelSettings)} - {"name", "path", "lr"}
+
+# Keys whose name, with the file they are in, says all there is.
+SELF_EVIDENT = {"name", "num_layers", "num_heads"}
+
+
+@contextmanager
+def empty_schemas() -> Iterator[None]:
+    """The same tree without its dataclasses: what is composed is what the YAML files say."""
+    register()
+    store = ConfigStore.instance()
+    before = store.repo
+    store.repo = copy.deepcopy(before)
+    for group, nodes in _SCHEMAS.items():
+        folder = store.repo
+        for part in group.split("/"):
+            folder = folder[part]
+        for name in nodes:
+            folder[f"{name}.yaml"].node = OmegaConf.create({})
+    try:
+        yield
+    finally:
+        store.repo = before
+
+
+def keys(config: DictConfig) -> set[str]:
+    return set(leaves(OmegaConf.to_container(config, resolve=False)))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_no_default_is_hidden_in_a_schema(choice: str):
+    """Every field of every schema is set in a YAML file, and nothing else is.
+
+    A training stage gets the keys it does not set itself from `/train/base@train` in its defaults.
+    """
+    loaded = choice.startswith("model") and not choice.endswith("=tiny")
+    unread = {f"{place}.{size}" for place in ("model", "rm.model") for size in SIZES} if loaded else set()
+    typed = keys(composed("train-policy", overrides(choice)))
+    with empty_schemas():
+        in_yaml = keys(composed_now("train-policy", overrides(choice)))
+    assert typed - in_yaml - unread == set(), "fields that no YAML file sets"
+    assert in_yaml - typed == set(), "keys that no schema has"
+
+
+@pytest.mark.parametrize("choice", [choice for choice in CHOICES if not choice.startswith("experiment=")])
+def test_a_choice_is_checked_against_a_schema(choice: str):
+    package = choice.partition("=")[0].rpartition("@")[2]
+    node = OmegaConf.select(composed("train-policy", overrides(choice)), package)
+    used = {kind for nodes in _SCHEMAS.values() for kind in nodes.values()}
+    assert OmegaConf.get_type(node) in used
+
+
+def test_every_schema_is_behind_a_yaml():
+    found = set()
+    for choice in CHOICES:
+        config = composed("train-policy", overrides(choice))
+        nodes = [config, *(OmegaConf.select(config, group.rpartition("@")[2]) for group in groups())]
+        found |= {OmegaConf.get_type(node) for node in nodes if node is not None}
+    assert {kind for nodes in _SCHEMAS.values() for kind in nodes.values()} - found == set()
+
+
+def test_the_training_defaults_in_code_are_those_of_the_yaml():
+    """Code that makes TrainSettings itself trains with what a user sees."""
+    file, code = raw(CONF / "train" / "base.yaml"), TrainSettings()
+    assert {field.name for field in fields(TrainSettings)} - set(file) == {"lr"}  # each stage has its own
+    for key, value in file.items():
+        assert _plain(getattr(code, key)) == value, key
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
+
+
+def test_enum_members_are_named_as_they_are_written():
+    """OmegaConf matches names and the code passes values on."""
+    enums = [kind for kind in vars(schema).values() if isinstance(kind, type) and issubclass(kind, Enum)]
+    assert len(enums) > 5
+    for kind in enums:
+        assert [member.name for member in kind] == [member.value for member in kind], kind
+
+
+@pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONF)))
+def test_every_key_is_explained_where_it_is_set(file: Path):
+    """By a comment on its line or above its block, or in train/base.yaml for a stage's `train`.
+
+    An experiment and Hydra's own keys are explained where they come from; a block's inner keys under its head.
+    """
+    lines = file.read_text().splitlines()
+    assert lines[0].startswith("# "), "the first line says what the file is for"
+    if file.parent.name in ("experiment", "job_logging"):
+        return
+    training = set(raw(CONF / "train" / "base.yaml"))
+    unexplained, above, in_defaults, explained_block = [], "", False, False
+    for line in lines:
+        key = re.match(r"( *)([a-z][\\w]*):", line)
+        if key and not key.group(1):
+            in_defaults = key.group(2) in ("defaults", "hydra")
+            explained_block = False
+        if key and not in_defaults:
+            has_comment = "#" in line or above.startswith("#")
+            is_head = not line.partition("#")[0].strip().partition(":")[2].strip()
+            known = key.group(2) in SELF_EVIDENT or (
+                key.group(1) and (explained_block or key.group(2) in training)
+            )
+            if is_head and has_comment:
+                explained_block = "lr" in line  # the learning rates by stage
+            elif not has_comment and not known and not is_head:
+                unexplained.append(line)
+        above = line.strip()
+    assert not unexplained
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "rlhf_cli.cli",
+        "rlhf_cli.config.schema",
+        "rlhf_cli.config.store",
+        "rlhf_cli.config.explain",
+        "rlhf_cli.commands.request",
+        "rlhf_cli.commands.launch",
+    ],
+)
+def test_a_module_that_answers_before_anything_runs_imports_no_torch(module: str):
+    heavy = ["torch", "transformers", "datasets", "numpy", "matplotlib", "wandb"]
+    if module == "rlhf_cli.cli":
+        heavy += ["hydra", "omegaconf"]
+    code = f"import sys, {module}; print(sorted(set({heavy!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_commands_are_what_is_tested():
+    assert len(commands()) >= 4 and len(CHOICES) >= 14

@@ -1,0 +1,120 @@
+"""The command line as a user has it: a process of its own, in a working folder of its own, without a network."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RLHF = (str(Path(sys.executable).with_name("rlhf")),)
+
+# Differ between two equal runs
+CLOCK = ("time_s", "time/", "throughput/", "memory/")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A process that ended."""
+
+    status: int
+    out: str
+    err: str
+    wall_s: float
+    cpu_s: float  # user and system time, of its children too
+
+    @property
+    def last_line(self) -> str:
+        """The last line on stderr."""
+        return self.err.splitlines()[-1]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """No network, one thread, nothing of the test run itself."""
+    mine = ("COVERAGE", "PYTEST", "HYDRA", "WANDB")
+    base = {name: value for name, value in os.environ.items() if not name.startswith(mine)}
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    return base | nowhere | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"} | extra
+
+
+def run(
+    arguments: Sequence[str], cwd: Path, program: Sequence[str] = RLHF, timeout_s: float = 300, **extra: str
+) -> Done:
+    """Runs to its end."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(
+        [*program, *arguments],
+        cwd=cwd,
+        env=environment(**extra),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+    wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Done(done.returncode, done.stdout, done.stderr, wall, cpu)
+
+
+def ok(arguments: Sequence[str], cwd: Path, **options: Any) -> Done:
+    """Runs to its end, which is a good one."""
+    done = run(arguments, cwd, **options)
+    assert done.status == 0, done.err
+    assert "Traceback" not in done.err and "Warning" not in done.err, done.err
+    return done
+
+
+@dataclass
+class Started:
+    """A process that runs."""
+
+    process: subprocess.Popen[str]
+    started: float  # time.perf_counter()
+
+    def wait_for(self, file: Path, timeout_s: float = 120) -> float:
+        """Seconds of CPU time until the file has a line (of wall time, where the system does not tell)."""
+        while not (file.is_file() and b"\n" in file.read_bytes()):
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.perf_counter() - self.started < timeout_s, f"no line in {file}"
+            time.sleep(0.01)
+        return self.cpu_s()
+
+    def cpu_s(self) -> float:
+        """User and system time so far."""
+        stat = Path(f"/proc/{self.process.pid}/stat")
+        if not stat.is_file():
+            return time.perf_counter() - self.started
+        fields = stat.read_text().rpartition(") ")[2].split()  # from the third field on
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def stop(self, number: signal.Signals) -> tuple[int, str]:
+        """Sends a signal; the status and stderr."""
+        self.process.send_signal(number)
+        _, err = self.process.communicate(timeout=120)
+        return self.process.returncode, err
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; NaN and the infinities are no JSON."""
+    return [json.loads(line, parse_constant=_refuse) for line in file.read_text().splitlines()]
+
+
+def content(file: Path) -> Any:
+    """A JSON file."""
+    return json.loads(file.read_text(), parse_constant=_refuse)
+
+
+def _refuse(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def timeless(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of metrics without what the clock says."""
+    return {key: value for key, value in row.items() if not key.startswith(CLOCK)}

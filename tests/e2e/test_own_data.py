@@ -1,0 +1,75 @@
+"""A user's own rows and models, and the loggers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from fixtures_e2e import content, ok, rows
+
+pytestmark = pytest.mark.xdist_group("e2e-own-data")
+
+COLOURS = ("red", "green", "blue", "grey", "pink", "black", "white", "brown", "amber", "beige")
+
+
+def strings(colour: str, number: int) -> dict[str, object]:
+    return {"prompt": f"name colour {number} .", "chosen": f" it is {colour} .", "rejected": " no ."}
+
+
+def messages(colour: str, number: int) -> dict[str, object]:
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Name colour {number}."}]
+    right, wrong = ({"role": "assistant", "content": text} for text in (f"It is {colour}.", "No."))
+    if number % 2:  # with the prompt in both conversations, and no column of its own
+        return {"chosen": [*asked, right], "rejected": [*asked, wrong]}
+    return {"prompt": asked, "chosen": f"It is {colour}.", "rejected": [wrong]}
+
+
+def write(file: Path, kind: object) -> None:
+    lines = [json.dumps(kind(COLOURS[number % 10], number)) for number in range(60)]  # type: ignore[operator]
+    file.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def sft(place: Path) -> Path:
+    """A model of the tiny setting, as a folder of its own."""
+    ok(["train-sft", "experiment=smoke", "run_dir=sft", "logger=tensorboard"], place)
+    return place / "sft"
+
+
+def test_rows_of_strings_go_through_every_stage(place: Path):
+    write(place / "strings.jsonl", strings)
+    data = ["data=jsonl", "data.path=strings.jsonl", "data.test_fraction=0.2", "data.validation_fraction=0.2"]
+    done = ok(["train-policy", "experiment=smoke", *data, "stages.cache_dir=own", "run_dir=strings"], place)
+    assert "gold" not in done.out  # nobody knows the true reward of these
+    samples = rows(place / "strings" / "samples.jsonl")
+    assert samples and all(sample["prompt"].startswith("name colour") for sample in samples)
+    assert set(content(place / "strings" / "run.json")["upstream"]) == {"sft", "rm"}
+    ok(["eval", "experiment=smoke", *data, "policies=[strings]", "run_dir=strings-eval"], place)
+    summary = content(place / "strings-eval" / "summary.json")
+    assert "rloo/reward/mean_delta" in summary and not [name for name in summary if "gold" in name]
+
+
+def test_rows_of_chat_messages_and_a_model_of_ones_own(place: Path, sft: Path):
+    write(place / "messages.jsonl", messages)
+    data = ["data=jsonl", "data.path=messages.jsonl", "data.test_fraction=0.2", "data.validation_fraction=0.2"]
+    model = ["model=pretrained", f"model.path={sft / 'model'}"]
+    ok(["train-policy", "experiment=smoke", *data, *model, "stages.cache_dir=own", "run_dir=messages"], place)
+    samples = rows(place / "messages" / "samples.jsonl")
+    assert [turn["role"] for turn in samples[0]["prompt"]] == ["system", "user"]
+    assert content(place / "messages" / "model" / "config.json")["hidden_size"] == 32
+
+
+def test_tensorboard_writes_its_events(sft: Path):
+    (events,) = (sft / "tensorboard").glob("events.out.tfevents.*")
+    assert b"grad_norm" in events.read_bytes()
+    assert len(rows(sft / "metrics.jsonl")) == 2
+
+
+def test_wandb_offline_writes_into_the_run(place: Path):
+    ok(["train-sft", "experiment=smoke", "run_dir=wandb-run", "logger=wandb", "logger.mode=offline"], place)
+    (written,) = (place / "wandb-run" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert written.stat().st_size > 1000
+    assert written.stem == f"run-{content(place / 'wandb-run' / 'run.json')['id']}"
+    assert len(rows(place / "wandb-run" / "metrics.jsonl")) == 2
+    assert not (place / "wandb").exists()

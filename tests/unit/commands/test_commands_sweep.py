@@ -1,0 +1,175 @@
+"""What a sweep's folder says of its jobs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_cli.commands.launch import FAILED, OK
+from rlhf_cli.commands.sweep import JobRow, collect, grouped, over_seeds, read_jobs, swept_keys
+
+
+def job(number: int, status: str = "finished", summary: Any = None, **overrides: Any) -> JobRow:
+    given = {key: str(value) for key, value in overrides.items()}
+    return JobRow(number, given, overrides.get("seed"), status, None, summary or {})
+
+
+def write_job(
+    folder: Path, number: int, overrides: list[str], seed: int, summary: dict | None, record: dict | None
+):
+    place = folder / str(number)
+    (place / ".hydra").mkdir(parents=True)
+    (place / ".hydra" / "overrides.yaml").write_text("".join(f"- {line}\n" for line in overrides) or "[]\n")
+    (place / ".hydra" / "config.yaml").write_text(f"seed: {seed}\n")
+    for name, content in (("summary.json", summary), ("run.json", record)):
+        if content is not None:
+            (place / name).write_text(json.dumps(content))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two settings with two seeds, of which one job failed and one was killed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    sweep = tmp_path / "sweep"
+    done = {"status": "finished", "error": None}
+    common = ["algo=rloo", "run_dir=sweep"]
+    for number, (k, seed, reward) in enumerate([(2, 0, 1.0), (2, 1, 2.0), (10, 0, 5.0)]):
+        summary = {"reward/mean": reward, "kl/full": reward / 10, "gold/mean": None}
+        write_job(sweep, number, [*common, f"algo.k={k}", f"seed={seed}"], seed, summary, done)
+    failed = {"status": "failed", "error": "TrainingDivergedError: step 1: loss is nan"}
+    write_job(sweep, 3, [*common, "algo.k=10", "seed=1"], 1, None, failed)
+    write_job(sweep, 10, [*common, "algo.k=2", "seed=2"], 2, None, {"status": "running"})
+    write_job(sweep, 4, [*common, "algo.k=10", "seed=2"], 2, None, None)
+    (sweep / "plots").mkdir()
+    (sweep / "5").write_text("a file, no job")
+    return sweep
+
+
+def test_jobs_are_read_by_number(folder: Path):
+    jobs = read_jobs(folder)
+    assert [one.number for one in jobs] == [0, 1, 2, 3, 4, 10]
+    assert [one.status for one in jobs] == ["finished"] * 3 + ["failed", "missing", "running"]
+    assert jobs[1].overrides == {"algo": "rloo", "run_dir": "sweep", "algo.k": "2", "seed": "1"}
+    assert (jobs[1].seed, jobs[1].summary["reward/mean"], jobs[1].error) == (1, 2.0, None)
+    assert jobs[3].error == "TrainingDivergedError: step 1: loss is nan"
+    assert jobs[3].summary == {}
+
+
+def test_a_folder_without_anything_is_a_missing_job(tmp_path: Path):
+    (tmp_path / "0").mkdir()
+    assert read_jobs(tmp_path) == [JobRow(0, {}, None, "missing", None, {})]
+    assert read_jobs(tmp_path / "0") == []
+
+
+def test_swept_keys_are_those_that_differ_in_the_order_they_were_given():
+    jobs = [job(0, rm="a", b=1, **{"algo.k": 2}), job(1, rm="a", b=2, **{"algo.k": 2}), job(2, rm="a", b=1)]
+    assert swept_keys(jobs) == ["b", "algo.k"]
+    assert swept_keys([job(0, b=1)]) == []
+    assert swept_keys([]) == []
+
+
+def test_added_keys_are_named_without_their_plus(tmp_path: Path):
+    for number in (0, 1):
+        write_job(tmp_path, number, [f"++algo.k={number}", "+experiment=x=y"], 0, {}, {})
+    jobs = read_jobs(tmp_path)
+    assert swept_keys(jobs) == ["algo.k"]
+    assert jobs[0].overrides["experiment"] == "x=y"
+
+
+def test_groups_have_every_swept_key_but_the_seed():
+    jobs = [
+        job(0, k=2, seed=0, summary={"loss": 1.0}),
+        job(1, k=2, seed=1, summary={"loss": 3.0}),
+        job(2, k=4, seed=0, summary={"loss": 5.0}),
+        job(3, status="failed", k=4, seed=1, summary={"loss": 99.0}),
+        job(4, status="failed", k=8, seed=0),
+    ]
+    rows = grouped(jobs, ["k", "seed"], ["loss", "absent"])
+    assert [(row["k"], row["seeds"]) for row in rows] == [("2", 2), ("4", 1)]
+    two, one = rows[0]["loss"], rows[1]["loss"]
+    # Student's t with one degree of freedom: 12.706 standard errors of 1
+    assert (two.value, two.n) == (2.0, 2)
+    assert math.isclose(two.hi, 2 + 12.7062, rel_tol=1e-6) and math.isclose(two.lo, 2 - 12.7062, rel_tol=1e-6)
+    assert one.value == 5.0 and math.isnan(one.lo) and math.isnan(one.hi)
+    assert rows[0]["absent"] is None
+
+
+def test_jobs_that_differ_in_their_seed_alone_are_one_group():
+    jobs = [job(number, seed=number, summary={"loss": number}) for number in range(3)]
+    (row,) = grouped(jobs, ["seed"], ["loss"])
+    assert (row["seeds"], row["loss"].value) == (3, 1.0)
+
+
+def test_a_metric_is_averaged_over_the_jobs_that_have_it():
+    jobs = [
+        job(0, summary={"a": 1.0}),
+        job(1, summary={"a": None}),
+        job(2, summary={}),
+        job(3, summary={"a": 0.0}),
+    ]
+    estimate = over_seeds(jobs, "a")
+    assert (estimate.value, estimate.n) == (0.5, 2)
+    assert over_seeds(jobs[1:3], "a") is None
+
+
+def test_what_is_written_of_a_sweep_with_failures(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert collect(folder) == FAILED
+    rows = list(csv.DictReader((folder / "sweep.csv").open()))
+    assert list(rows[0])[:4] == ["job", "algo.k", "seed", "status"]
+    assert list(rows[0])[-1] == "error"
+    assert [row["job"] for row in rows] == ["0", "1", "2", "3", "4", "10"]
+    assert [row["status"] for row in rows] == ["finished"] * 3 + ["failed", "missing", "running"]
+    assert [row["reward/mean"] for row in rows] == ["1.0", "2.0", "5.0", "", "", ""]
+    assert [row["gold/mean"] for row in rows] == [""] * 6
+    assert rows[3]["error"] == "TrainingDivergedError: step 1: loss is nan"
+    summary = list(csv.DictReader((folder / "summary.csv").open()))
+    assert [(row["algo.k"], row["seeds"], row["reward/mean"]) for row in summary] == [
+        ("2", "2", "1.5"),
+        ("10", "1", "5.0"),
+    ]
+    assert summary[0]["reward/mean_lo"] and not summary[1]["reward/mean_lo"]
+    assert (folder / "plots" / "reward_kl.png").stat().st_size > 1000
+    out = capsys.readouterr().out
+    for line in (
+        "job 3 failed: TrainingDivergedError: step 1: loss is nan",
+        "job 4 missing: no reason recorded",
+        "job 10 running: no reason recorded",
+        "sweep/sweep.csv",
+        "sweep/summary.csv",
+        "sweep/plots/reward_kl.png",
+    ):
+        assert line in out.splitlines()
+    assert "Jobs" in out and "Mean over seeds" in out
+
+
+def test_a_sweep_that_all_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for number in (0, 1):
+        write_job(tmp_path, number, [f"algo.k={number}"], 0, {"loss": number}, {"status": "finished"})
+    assert collect(tmp_path) == OK
+    out = capsys.readouterr().out
+    assert "Mean over seeds" not in out  # one seed each: the table of jobs says it all
+    assert not (tmp_path / "plots").exists()  # no reward, no KL: nothing to plot
+
+
+def test_a_sweep_without_jobs_writes_nothing(tmp_path: Path):
+    assert collect(tmp_path) == OK
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_seed_without_a_figure_is_left_out_of_the_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Null is not zero."""
+    shown: list[Any] = []
+    monkeypatch.setattr("rlhf_cli.commands.sweep.sweep_reward_vs_kl", lambda path, groups: shown.extend(groups))
+    for number, kl in enumerate((2.0, None, 4.0)):
+        summary = {"reward/mean": float(number), "kl/full": kl, "gold/mean": -1.0}
+        write_job(tmp_path, number, [f"seed={number}"], number, summary, {"status": "finished"})
+    assert collect(tmp_path) == OK
+    (group,) = shown
+    assert (group.label, group.kl.value, list(group.seed_kl)) == ("all", 3.0, [2.0, 4.0])
+    assert (list(group.seed_reward), list(group.seed_gold)) == ([0.0, 2.0], [-1.0, -1.0])
