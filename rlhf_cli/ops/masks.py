@@ -22,16 +22,6 @@ def masked_sum(values: Tensor, mask: Tensor, dim: int = -1) -> Tensor:
     return torch.where(mask, values, torch.zeros_like(values)).sum(dim)
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of all entries of `values` where `mask` is True, as a scalar; 0 where nothing counts.
-
-    >>> masked_mean(torch.tensor([[1.0, 3.0], [5.0, 9.0]]), torch.tensor([[True, True], [True, False]])).item()
-    3.0
-    """
-    count = mask.sum().clamp(min=1)
-    return torch.where(mask, values, torch.zeros_like(values)).sum() / count
-
-
 def is_eos(ids: Tensor, eos_ids: Sequence[int]) -> Tensor:
     """Which tokens end a completion: the stop rule, used wherever a stop is looked for.
 
@@ -46,24 +36,6 @@ def is_eos(ids: Tensor, eos_ids: Sequence[int]) -> Tensor:
     for eos_id in eos_ids:
         stops |= ids == eos_id
     return stops
-
-
-def until_first_eos(ids: Tensor, eos_ids: Sequence[int]) -> Tensor:
-    """Mask of the tokens up to and including the first EOS; all of them where there is none.
-
-    Args:
-        ids: int64 [N, T], the sampled columns of a completion.
-        eos_ids: the ids that end a completion.
-
-    Returns:
-        bool [N, T].
-
-    >>> until_first_eos(torch.tensor([[5, 2, 7, 2]]), [2]).tolist()
-    [[True, True, False, False]]
-    """
-    stops = is_eos(ids, eos_ids)
-    before = torch.cumsum(stops.long(), dim=-1) - stops.long()
-    return before == 0
 
 
 def last_true(mask: Tensor) -> Tensor:

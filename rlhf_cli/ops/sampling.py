@@ -22,10 +22,9 @@ def inverse_cdf(probability: Tensor, uniform: Tensor) -> Tensor:
     if probability.is_cuda:
         cumulative = never_falling(cumulative, probability)
     total = cumulative[:, -1:]
-    # Scaled by the rounded total and kept below it, so that the draw cannot run past the last possible token
-    below_total = torch.nextafter(total, torch.zeros_like(total))
-    threshold = torch.minimum(uniform[:, None] * total, below_total)
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    # Scaled by the rounded total: a float32 below 1 is at most 1 - 2^-24, so the product rounds to below the total
+    # and the draw cannot run past the last possible token.
+    return torch.searchsorted(cumulative, uniform[:, None] * total, right=True)[:, 0]
 
 
 def never_falling(cumulative: Tensor, probability: Tensor) -> Tensor:

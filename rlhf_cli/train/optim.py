@@ -29,8 +29,8 @@ def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Ad
 def lr_factor(settings: TrainSettings, step: int, num_steps: int) -> float:
     """Share of the peak learning rate at a step.
 
-    Linear from 0 over the warm-up (the first step already moves), then constant, linear or cosine down to
-    `min_lr_ratio` at the last step.
+    Linear from 0 over the warm-up (the first step already moves), then constant, linear or cosine from the peak
+    towards `min_lr_ratio`, which the step after the last would have: every step moves.
 
     Args:
         settings: schedule, warmup_ratio, min_lr_ratio.
@@ -42,6 +42,6 @@ def lr_factor(settings: TrainSettings, step: int, num_steps: int) -> float:
         return step / warmup
     if settings.schedule is Schedule.constant:
         return 1.0
-    progress = (step - warmup) / max(1, num_steps - warmup)
+    progress = (step - 1 - warmup) / (num_steps - warmup)
     shape = 1.0 - progress if settings.schedule is Schedule.linear else 0.5 * (1.0 + math.cos(math.pi * progress))
     return settings.min_lr_ratio + (1.0 - settings.min_lr_ratio) * shape

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rlhf_cli.ops.masks import is_eos, last_true, masked_mean, masked_sum, until_first_eos
+from rlhf_cli.ops.masks import is_eos, last_true, masked_sum
 
 NAN = float("nan")
 
@@ -15,23 +15,15 @@ def test_masked_sum_by_hand_and_over_another_dimension():
     assert masked_sum(values, mask, dim=0).tolist() == [1.0, 16.0, 36.0]
 
 
-def test_masked_mean_by_hand_is_over_all_rows_together():
-    values = torch.tensor([[1.0, 2.0, 6.0], [8.0, 16.0, 32.0]])
-    mask = torch.tensor([[True, True, True], [False, False, True]])
-    assert masked_mean(values, mask).item() == 41.0 / 4
-
-
-def test_with_everything_counted_they_are_sum_and_mean():
+def test_with_everything_counted_it_is_the_sum():
     values = torch.arange(12.0).view(3, 4)
     mask = torch.ones(3, 4, dtype=torch.bool)
     assert torch.equal(masked_sum(values, mask), values.sum(-1))
-    assert masked_mean(values, mask).item() == values.mean().item()
 
 
 def test_nothing_counted_is_zero():
     values, mask = torch.tensor([[1.0, NAN]]), torch.zeros(1, 2, dtype=torch.bool)
     assert masked_sum(values, mask).tolist() == [0.0]
-    assert masked_mean(values, mask).item() == 0.0
 
 
 @pytest.mark.parametrize("hidden", [NAN, math.inf, -math.inf])
@@ -42,11 +34,6 @@ def test_what_is_masked_out_may_be_anything_forward_and_backward(hidden):
     assert total.tolist() == [3.0, 3.0]
     total.sum().backward()
     assert torch.equal(values.grad, mask.float())
-    values.grad = None
-    mean = masked_mean(values, mask)
-    assert mean.item() == 2.0
-    mean.backward()
-    assert torch.allclose(values.grad, mask.float() / 3)
 
 
 def test_eos_is_any_of_several_and_none_is_possible():
@@ -55,26 +42,6 @@ def test_eos_is_any_of_several_and_none_is_possible():
     assert is_eos(ids, [9, 4]).tolist() == [[True, False, True, True]]
     assert is_eos(ids, []).tolist() == [[False] * 4]
     assert is_eos(ids, [7]).dtype == torch.bool
-
-
-@pytest.mark.parametrize(
-    ("row", "counted"),
-    [
-        ([5, 6, 7, 8], 4),  # no EOS at all
-        ([5, 2, 6, 7], 2),
-        ([2, 5, 6, 7], 1),  # EOS as the first token
-        ([5, 6, 7, 2], 4),  # EOS as the last
-        ([5, 3, 2, 3], 2),  # several EOS ids, the first that comes counts
-        ([2, 2, 2, 2], 1),  # pad == eos: what follows the first is padding
-    ],
-)
-def test_a_completion_ends_with_its_first_eos(row, counted):
-    mask = until_first_eos(torch.tensor([row]), [2, 3])
-    assert mask.tolist() == [[True] * counted + [False] * (4 - counted)]
-
-
-def test_a_one_token_completion_counts_with_and_without_eos():
-    assert until_first_eos(torch.tensor([[2], [5]]), [2]).tolist() == [[True], [True]]
 
 
 def test_last_true_by_hand():

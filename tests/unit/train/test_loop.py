@@ -136,11 +136,11 @@ def test_the_global_norm_is_clipped_and_reported_unclipped(tmp_path, max_norm, g
 def test_the_schedule_sets_the_rate_of_each_step(tmp_path):
     task = Toy()
     _, recording = _fit(task, tmp_path, num_steps=4, schedule=Schedule.linear, warmup_ratio=0.5)
-    assert [row["lr"] for row in recording.rows] == pytest.approx([0.05, 0.1, 0.05, 0.0])
+    assert [row["lr"] for row in recording.rows] == pytest.approx([0.05, 0.1, 0.1, 0.05])
     before = [weight[0] for _, weight in task.seen] + [task.weight()[0]]
     # a constant gradient of 1: every Adam step is lr * 1 / (1 + 1)
     steps = [a - b for a, b in itertools.pairwise(before)]
-    assert steps == pytest.approx([0.025, 0.05, 0.025, 0.0], abs=1e-6)
+    assert steps == pytest.approx([0.025, 0.05, 0.05, 0.025], abs=1e-6)
 
 
 def test_counts_add_up_and_batch_metrics_are_kept(tmp_path):

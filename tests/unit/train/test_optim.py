@@ -21,23 +21,23 @@ def test_constant_by_hand():
 
 def test_linear_by_hand():
     factors = _factors(6, schedule=Schedule.linear, warmup_ratio=1 / 3)
-    assert factors == pytest.approx([0.5, 1, 0.75, 0.5, 0.25, 0])
+    assert factors == pytest.approx([0.5, 1, 1, 0.75, 0.5, 0.25])
 
 
 def test_cosine_by_hand():
-    # (1 + cos 60 deg)/2, (1 + cos 90 deg)/2, (1 + cos 120 deg)/2, (1 + cos 180 deg)/2
+    # (1 + cos 0 deg)/2, (1 + cos 60 deg)/2, (1 + cos 90 deg)/2, (1 + cos 120 deg)/2
     factors = _factors(8, schedule=Schedule.cosine, warmup_ratio=0.25)
     assert factors[:2] == pytest.approx([0.5, 1.0])
-    assert [factors[i] for i in (3, 4, 5, 7)] == pytest.approx([0.75, 0.5, 0.25, 0.0])
+    assert [factors[i] for i in (2, 4, 5, 6)] == pytest.approx([1.0, 0.75, 0.5, 0.25])
 
 
 @pytest.mark.parametrize("schedule", [Schedule.linear, Schedule.cosine])
-def test_min_lr_ratio_is_where_it_ends_and_it_starts_at_the_peak(schedule):
+def test_min_lr_ratio_is_what_it_goes_towards_from_the_peak(schedule):
     factors = _factors(12, schedule=schedule, warmup_ratio=2 / 12, min_lr_ratio=0.1)
-    assert factors[1] == 1.0
-    assert factors[6] == pytest.approx(0.55)  # half of the way from 1 down to 0.1
-    assert factors[-1] == pytest.approx(0.1)
-    assert all(a > b for a, b in itertools.pairwise(factors[1:]))
+    assert factors[1] == factors[2] == 1.0
+    assert factors[7] == pytest.approx(0.55)  # half of the way from 1 down to 0.1
+    assert 0.1 < factors[-1] < 0.2
+    assert all(a > b for a, b in itertools.pairwise(factors[2:]))
 
 
 def test_the_length_of_the_warm_up_is_not_off_by_rounding():
@@ -54,8 +54,9 @@ def test_limits_of_the_warm_up(schedule):
     assert _factors(1, schedule=schedule, warmup_ratio=0.03) == [1.0]
 
 
-def test_without_warm_up_the_first_step_is_one_step_down():
-    assert _factors(4, schedule=Schedule.linear, warmup_ratio=0.0) == pytest.approx([0.75, 0.5, 0.25, 0.0])
+def test_without_warm_up_it_starts_at_the_peak_and_every_step_moves():
+    assert _factors(4, schedule=Schedule.linear, warmup_ratio=0.0) == pytest.approx([1.0, 0.75, 0.5, 0.25])
+    assert _factors(1, schedule=Schedule.cosine, warmup_ratio=0.0) == [1.0]
 
 
 def test_matrices_decay_and_vectors_do_not():
