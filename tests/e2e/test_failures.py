@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fixtures_e2e import Started, content, rows, run
+
+from tests.e2e.fixtures_e2e import Started, content, rows, run
 
 pytestmark = pytest.mark.xdist_group("e2e-failures")
 

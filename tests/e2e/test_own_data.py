@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from fixtures_e2e import content, ok, rows
+
+from tests.e2e.fixtures_e2e import content, ok, rows
 
 pytestmark = pytest.mark.xdist_group("e2e-own-data")
 

@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
-from fixtures_e2e import Done, content, ok, rows, run, timeless
+
+from tests.e2e.fixtures_e2e import ROOT, Done, content, ok, rows, run, timeless
 
 pytestmark = pytest.mark.xdist_group("e2e-pipeline")
 
-ROOT = Path(__file__).parents[2]
 RUN_KEYS = {
     "id",
     "status",

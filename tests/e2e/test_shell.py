@@ -9,10 +9,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from fixtures_e2e import content, environment, ok, run
 from omegaconf import OmegaConf
 
-ROOT = Path(__file__).parents[2]
+from tests.e2e.fixtures_e2e import ROOT, content, environment, ok, run
+
 MODULE = (sys.executable, "-m", "rlhf_cli")
 
 
