@@ -171,7 +171,13 @@ def algorithm(config: AlgoConfig) -> OnlineAlgorithm:
 
 
 def tracker(
-    config: LoggerConfig, run_dir: Path, run_id: str, name: str, group: str | None, flat: Mapping[str, object]
+    config: LoggerConfig,
+    run_dir: Path,
+    run_id: str,
+    resumed_from: int | None,
+    name: str,
+    group: str | None,
+    flat: Mapping[str, object],
 ) -> Tracker:
     """The tracker that `logger=` names.
 
@@ -179,6 +185,7 @@ def tracker(
         config: group `logger`.
         run_dir: where local files go.
         run_id: the same over resumes.
+        resumed_from: the step that a resumed run continues after; None for a new run.
         name: shown for the run.
         group: what the jobs of a sweep share, where the config sets none.
         flat: the run's config, for display.
@@ -197,7 +204,7 @@ def tracker(
                 tags=config.tags,
             )
         case LoggerConfig(name="tensorboard"):
-            return TensorBoardTracker(run_dir, config=flat)
+            return TensorBoardTracker(run_dir, config=flat, resumed_from=resumed_from)
         case _:
             return NullTracker()
 

@@ -52,6 +52,7 @@ class Job:
     tracked: bool = True  # False for a stage that is built on the way to another
     group: str | None = None  # a sweep's name, for trackers
     flat: Mapping[str, object] = field(default_factory=dict)  # the config, for trackers
+    resume: bool = False  # continue what the folder holds
 
     def request(
         self,
@@ -75,12 +76,16 @@ class Job:
             num_steps=num_steps,
             keys=keys,
             make_tracker=self._tracker,
+            checkpoint=self.config.checkpoint,
+            resume=self.resume,
         )
 
-    def _tracker(self, run_id: str) -> Tracker:
+    def _tracker(self, run_id: str, resumed_from: int | None) -> Tracker:
         if not self.tracked:
             return NullTracker()
-        return build.tracker(self.config.logger, self.folder, run_id, self.config.name, self.group, self.flat)
+        return build.tracker(
+            self.config.logger, self.folder, run_id, resumed_from, self.config.name, self.group, self.flat
+        )
 
 
 def train_sft(job: Job, seed: int) -> None:
@@ -189,7 +194,9 @@ def _run(
         f"{counts['parameters/trainable']:,} of {counts['parameters/total']:,} parameters are trained, "
         f"{num_steps} steps, {job.precision.device.type} {job.precision.name}"
     )
-    result: FitResult = fit(task, settings, num_steps, job.folder, recorder, job.precision, seed)
+    durable = recorder.durable
+    with durable.stop.listening():
+        result: FitResult = fit(task, settings, num_steps, job.folder, recorder, job.precision, seed, durable)
     rows = recorder.run.metrics().rows
     summary: dict[str, float] = {
         **result.final.metrics,

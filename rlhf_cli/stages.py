@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -182,10 +181,10 @@ def _cached(job: Job, key: StageKey, say: Say, train: Callable[[Path], None]) ->
 
 def _train_into(folder: Path, key: StageKey, train: Callable[[Path], None]) -> None:
     """Trains beside the final place and moves the whole folder there in one step."""
-    for stale in folder.parent.glob(f".building-{folder.name}-*"):
-        shutil.rmtree(stale, ignore_errors=True)  # of a process that died: its lock is ours now
-    building = folder.parent / f".building-{folder.name}-{os.getpid()}"
+    # What a process that died left there is continued: the lock is ours now, and the name says it is the same.
+    building = folder.parent / f".building-{folder.name}"
     train(building)
+    shutil.rmtree(building / "checkpoints", ignore_errors=True)
     (building / _KEY_FILE).write_text(json.dumps(dict(key.parts), indent=2, sort_keys=True), encoding="utf-8")
     replace_folder_atomic(building, folder)
 
@@ -239,7 +238,7 @@ def _description(folder: Path) -> str:
 
 
 def _stage_job(job: Job, folder: Path, command: str) -> Job:
-    return replace(job, folder=folder, command=command, tracked=False)
+    return replace(job, folder=folder, command=command, tracked=False, resume=True)
 
 
 def _backbone(key: str, settings: ModelSettings) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 # Every test with coverage. Arguments go to pytest: scripts/test.sh tests/unit -k rloo
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# One thread per process: two workers share the cores.
-export OMP_NUM_THREADS=1 GOMP_SPINCOUNT=1000
+
 rm -f .coverage .coverage.*
 pytest -n 2 --dist loadgroup --cov --cov-report=term --durations=15 "$@"

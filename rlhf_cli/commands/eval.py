@@ -52,6 +52,7 @@ def run_eval(config: RunConfig, context: Context) -> None:
     upstream = {"rm": rm} | ({"reference": reference} if reference else {})
     total = len(subjects) + (1 if subjects else 0) + 1
     with recorded_run(job.request("eval", config.seed, total, (), upstream)) as recorder:
+        (recorder.run.path / "per_prompt.jsonl").unlink(missing_ok=True)  # an evaluation starts over
         reward_model = load_reward_model("rm.path", rm.path, job.precision.device)
         pairs = _evaluate_pairs(job, reward_model)
         recorder.progress.update(1, {})

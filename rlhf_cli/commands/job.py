@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_cli.commands.context import Context
-from rlhf_cli.config.schema import RunConfig
+from rlhf_cli.commands.resume import flat_config, is_finished
+from rlhf_cli.config.schema import Resume, RunConfig
 from rlhf_cli.config.store import register
 from rlhf_cli.errors import RequestError
+from rlhf_cli.files import write_json_atomic
 
 register()  # a launcher's worker process imports this module and composes nothing before
+
+# In the folder of a sweep's job that failed before it had a run.json.
+ERROR_FILE = "error.json"
 
 _log = logging.getLogger(__name__)
 
@@ -54,12 +57,16 @@ def run(cfg: DictConfig) -> None:
             folder=folder,
             argv=("rlhf", config.command, *hydra_config.overrides.task),
             sweep=Path(hydra_config.sweep.dir).name if in_sweep else None,
-            flat=_flat(OmegaConf.to_container(cfg, resolve=True)),
+            flat=flat_config(cfg),
         )
         _quiet_libraries()
         if in_sweep:
             chosen = [line for line in hydra_config.overrides.task if not line.startswith("run_dir=")]
             print(f"job {hydra_config.job.num}: {' '.join(chosen)}", file=sys.stderr, flush=True)
+        if config.resume is Resume.auto and is_finished(folder):
+            print(f"{folder}: already finished", file=sys.stderr, flush=True)
+            return
+        (folder / ERROR_FILE).unlink(missing_ok=True)
         _dispatch(config, context)
     except Exception as error:
         if not isinstance(error, RequestError):
@@ -102,16 +109,6 @@ def _quiet_libraries() -> None:
 
 def _mark_failed(folder: Path, error: Exception) -> None:
     """Leaves the reason in the job's folder where the run did not get as far as run.json."""
-    record = folder / "run.json"
-    if not record.exists():
+    if not (folder / "run.json").exists():
         line = " ".join(f"{type(error).__name__}: {error}".split())
-        record.write_text(json.dumps({"status": "failed", "error": line}), encoding="utf-8")
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
-        return {prefix: node.value if hasattr(node, "value") else node}
-    flat: dict[str, Any] = {}
-    for name, value in node.items():
-        flat |= _flat(value, f"{prefix}.{name}" if prefix else str(name))
-    return flat
+        write_json_atomic(folder / ERROR_FILE, {"status": "failed", "error": line})

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import hydra
 from hydra.errors import HydraException
@@ -25,12 +23,9 @@ from rlhf_cli.commands.request import Request, config_name, read_request
 from rlhf_cli.config.explain import as_request_error
 from rlhf_cli.config.store import register
 from rlhf_cli.errors import RequestError
+from rlhf_cli.train.stopping import STOP, StopRequested
 
-OK, FAILED, WRONG_REQUEST, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM: ends a run as Ctrl-C does, with another exit status."""
+OK, FAILED, WRONG_REQUEST = 0, 1, 2
 
 
 def launch(command: str, arguments: Sequence[str], multirun: bool = False) -> int:
@@ -53,10 +48,9 @@ def launch_into(command: str, arguments: Sequence[str], multirun: bool = False) 
         return _report(str(error), WRONG_REQUEST), request.folder
     except (HydraException, OmegaConfBaseException) as error:
         return _report(str(as_request_error(error, arguments)), WRONG_REQUEST), request.folder
-    except _Terminated:
-        return _report("stopped by SIGTERM", TERMINATED), request.folder
-    except KeyboardInterrupt:
-        return _report("stopped by SIGINT", INTERRUPTED), request.folder
+    except StopRequested as stop:
+        again = "; the same command with resume=auto continues it" if request.runs else ""
+        return _report(f"stopped by {stop}{again}", stop.exit_status), request.folder
     except Exception as error:
         if not request.multirun:
             raise
@@ -86,20 +80,15 @@ def _hydra(command: str, arguments: Sequence[str]) -> None:
 
 @contextmanager
 def _surroundings() -> Iterator[None]:
-    """SIGTERM ends a run in the way Ctrl-C does, so that its status is written. Afterwards its handler, sys.argv,
-    the environment and the root logger are the caller's again.
+    """SIGINT and SIGTERM stop a run with its state written. Afterwards their handlers, sys.argv, the environment
+    and the root logger are the caller's again.
     """
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
-
     root = logging.getLogger()
     argv, environment, level, handlers = sys.argv, dict(os.environ), root.level, list(root.handlers)
-    handler = signal.signal(signal.SIGTERM, terminate)
     try:
-        yield
+        with STOP.installed():
+            yield
     finally:
-        signal.signal(signal.SIGTERM, handler)
         sys.argv = argv
         for name in [name for name in os.environ if name not in environment]:
             del os.environ[name]

@@ -20,8 +20,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_cli.commands.help import conf_path, group_choices, is_group
+from rlhf_cli.commands.resume import check_same_config
 from rlhf_cli.config.explain import as_request_error
-from rlhf_cli.config.schema import Device, PrecisionName, RunConfig, check_no_extra_keys
+from rlhf_cli.config.schema import Device, PrecisionName, Resume, RunConfig, check_no_extra_keys
 from rlhf_cli.data.settings import JsonlSettings
 from rlhf_cli.errors import RequestError, bad_choice, bad_value
 
@@ -102,9 +103,11 @@ def _checked(command: str, arguments: list[str], args: argparse.Namespace, multi
         if not multirun:
             config = compose(name, [*args.overrides, *extra], return_hydra_config=True)
             if config.hydra.mode is None or config.hydra.mode.name != "MULTIRUN":
-                _check_job(command, config)
                 folder = Path(config.hydra.run.dir)
-                _check_unused(folder)
+                _check_job(command, config, folder)
+                if not _resumes(config):
+                    _check_unused(folder)
+                _check_writable(folder)
                 return Request(True, False, folder, arguments)
         folder = _check_sweep(command, name, args.overrides, extra)
     pinned: list[str] = []
@@ -133,20 +136,27 @@ def _check_sweep(command: str, name: str, overrides: Sequence[str], extra: Seque
             raise RequestError(f"{override.input_line}: expected one folder; its jobs get 0, 1, ... inside")
     fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
     base = compose(name, [*fixed, *extra], return_hydra_config=True)
+    folder = Path(base.hydra.sweep.dir)
     if base.hydra.runtime.choices["hydra/sweeper"] == "basic":
         (jobs,) = BasicSweeper.split_arguments(parsed, None)
-        for one in jobs[:_MAX_JOBS_CHECKED]:
+        for number, one in enumerate(jobs[:_MAX_JOBS_CHECKED]):
             try:
-                _check_job(command, compose(name, [*one, *extra], return_hydra_config=True))
+                composed = compose(name, [*one, *extra], return_hydra_config=True)
+                _check_job(command, composed, folder / str(number))
             except (HydraException, OmegaConfBaseException) as error:
                 raise as_request_error(error, one) from error
-    folder = Path(base.hydra.sweep.dir)
-    _check_unused(folder)
+    if not _resumes(base):
+        _check_unused(folder)
+    _check_writable(folder)
     return folder
 
 
-def _check_job(command: str, composed: DictConfig) -> None:
-    """Types are checked by the composition; this checks what types cannot say."""
+def _resumes(composed: DictConfig) -> bool:
+    return bool(composed.resume is Resume.auto)
+
+
+def _check_job(command: str, composed: DictConfig, folder: Path) -> None:
+    """Types are checked by the composition; this checks what types cannot say, and what is continued."""
     plain = copy.deepcopy(composed)
     with read_write(plain), open_dict(plain):
         del plain["hydra"]
@@ -161,6 +171,8 @@ def _check_job(command: str, composed: DictConfig) -> None:
 
         resolve_precision(config.precision.name.value, resolve_device(config.device.value))
     _check_given_paths(config)
+    if config.resume is Resume.auto:
+        check_same_config(folder, plain)
 
 
 def _check_given_paths(config: RunConfig) -> None:
@@ -193,9 +205,14 @@ def _check_unused(folder: Path) -> None:
         names = sorted({entry.name for entry in folder.iterdir()} - _LEFTOVERS)
         if "run.json" in names or "multirun.yaml" in names:
             kind = "run" if "run.json" in names else "sweep"
-            raise RequestError(f"run_dir={folder}: already holds a {kind}; choose another folder")
+            raise RequestError(
+                f"run_dir={folder}: already holds a {kind}; resume=auto continues it, or choose another folder"
+            )
         if names:
             raise RequestError(f"run_dir={folder}: is not empty ({names[0]}); choose another folder")
+
+
+def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from rlhf_cli.commands.job import ERROR_FILE
 from rlhf_cli.commands.launch import FAILED, OK, WRONG_REQUEST, launch_into
 from rlhf_cli.commands.show import display_path
 from rlhf_cli.errors import bad_choice
@@ -177,7 +178,7 @@ def _row(job: JobRow, keys: Sequence[str], metrics: Sequence[str]) -> dict[str, 
 def _read_job(folder: Path, number: int) -> JobRow:
     config = folder / ".hydra" / "config.yaml"
     seed = OmegaConf.load(config).get("seed") if config.is_file() else None
-    record = _json(folder / "run.json")
+    record = _json(folder / "run.json") or _json(folder / ERROR_FILE)
     return JobRow(
         number=number,
         overrides=_overrides(folder / ".hydra" / "overrides.yaml"),

@@ -7,7 +7,7 @@ import sys
 from rlhf_cli import build
 from rlhf_cli.commands.context import Context
 from rlhf_cli.commands.show import show_run
-from rlhf_cli.config.schema import RunConfig
+from rlhf_cli.config.schema import Resume, RunConfig
 from rlhf_cli.runs import Job, train_policy, train_rm, train_sft
 from rlhf_cli.stages import resolve_rm, resolve_sft
 from rlhf_cli.train.seeding import deterministic, set_threads
@@ -26,6 +26,7 @@ def make_job(config: RunConfig, context: Context) -> Job:
         argv=context.argv,
         group=context.sweep,
         flat=context.flat,
+        resume=config.resume is Resume.auto,
     )
 
 

@@ -16,7 +16,7 @@ from omegaconf import MISSING
 
 from rlhf_cli.errors import RequestError, bad_value
 from rlhf_cli.models.settings import ModelSettings
-from rlhf_cli.train.settings import TrainSettings
+from rlhf_cli.train.settings import CheckpointSettings, TrainSettings
 
 
 class Device(Enum):
@@ -247,6 +247,13 @@ class WandbConfig(LoggerConfig):
     tags: list[str] = field(default_factory=list)
 
 
+class Resume(Enum):
+    """What to do with a run_dir that holds a run."""
+
+    none = "none"
+    auto = "auto"
+
+
 @dataclass
 class StagesConfig:
     """Stages that are built for a command which needs them."""
@@ -265,6 +272,8 @@ class RunConfig:
     seed: int = 0
     device: Device = Device.auto
     threads: int | None = None
+    resume: Resume = Resume.none
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     algo: Any = MISSING
     rm: Any = MISSING
     data: Any = MISSING
@@ -292,6 +301,7 @@ class RunConfig:
         self.algo.check()
         self.rollout.check()
         self.eval.check()
+        self.checkpoint.check("checkpoint")
         self._check_lengths()
         for stage, command in (("sft", "train-sft"), ("rm", "train-rm")):
             if self.command == command and getattr(self, stage).path is not None:

@@ -201,6 +201,7 @@ def _unique_prompts(rows: Sequence[Preference]) -> list[Prompt]:
 
 
 def existing_file(key: str, path: str | None) -> Path:
+    """The file that a config key names. Raises RequestError where there is none."""
     assert path is not None
     file = Path(path).expanduser()
     if file.is_dir():

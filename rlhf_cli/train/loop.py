@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from rlhf_cli.files import replace_folder_atomic
+from rlhf_cli.files import replace_folder_atomic, restore_folder
+from rlhf_cli.train.checkpoint import (
+    Checkpoint,
+    Durable,
+    model_tensors,
+    optimizer_tensors,
+    restore_model,
+    restore_optimizer,
+    save_batch,
+)
 from rlhf_cli.train.optim import build_optimizer, lr_factor
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.train.seeding import seed_dropout
 from rlhf_cli.train.settings import Select, TrainSettings
+from rlhf_cli.train.stopping import StopRequested
 from rlhf_cli.types import LossOutput
 
 # An fp16 scaler halves its scale at every overflow; more in a row than this is divergence, not a large scale.
 _MAX_SKIPPED_IN_A_ROW = 20
+
+_BEST = "model_best"
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,17 @@ class Task(Protocol):
         """Writes the weights as a Hugging Face folder."""
         ...
 
+    def state(self) -> Mapping[str, Any] | None:
+        """What the task carries from step to step beside the weights, as JSON.
+
+        None between steps at which it could not be taken up again (inside a rollout that serves several steps).
+        """
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes up a `state`."""
+        ...
+
 
 class Recorder(Protocol):
     """Where a run's figures go."""
@@ -96,6 +120,22 @@ class TrainingDivergedError(RuntimeError):
     """Loss or gradient stopped being finite."""
 
 
+@dataclass
+class _Counters:
+    """What the loop itself remembers; JSON in a checkpoint."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    time_s: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best_step: int = 0
+    best_score: float = -math.inf
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    without_better: int = 0
+
+
 def fit(
     task: Task,
     settings: TrainSettings,
@@ -104,6 +144,7 @@ def fit(
     recorder: Recorder,
     precision: Precision,
     seed: int,
+    durable: Durable | None = None,
 ) -> FitResult:
     """Trains `task.model` and writes model/ (and the weights not selected beside it).
 
@@ -118,82 +159,158 @@ def fit(
         recorder: takes metrics, samples and messages.
         precision: device and autocast.
         seed: of the stage; dropout is a function of (seed, step).
+        durable: checkpoints to write, one to continue, and requests to stop; None trains straight through.
 
     Raises:
         TrainingDivergedError: a loss or gradient is not finite.
+        StopRequested: a signal came; a checkpoint has been written.
     """
     optimizer = build_optimizer(task.model, settings)
     scaler = precision.scaler()
-    started = time.perf_counter()
-    samples = tokens = skipped = skipped_in_a_row = 0
-    best_step, without_better = 0, 0
-    best: Evaluation | None = None
+    counters = _Counters()
+    if durable is not None and durable.resume_from is not None:
+        counters = _restore(durable.resume_from, task, optimizer, scaler, folder)
     evaluation: Evaluation | None = None
-    stopped_early, step = False, 0
-
-    for step in range(1, num_steps + 1):
-        step_started = time.perf_counter()
-        lr = settings.lr * lr_factor(settings, step, num_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        seed_dropout(seed, step)
-        batch = task.batch(step - 1)
-        train_started = time.perf_counter()
-        row = _forward_backward(task, batch, precision, scaler)
-        scaler.unscale_(optimizer)
-        row["grad_norm"] = _clip(task.model, settings.max_grad_norm)
-        overflow = scaler.is_enabled() and not math.isfinite(row["grad_norm"])
-        if not overflow:
-            _check_finite(step, row)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        skipped_in_a_row = skipped_in_a_row + 1 if overflow else 0
-        skipped += overflow
-        if skipped_in_a_row > _MAX_SKIPPED_IN_A_ROW:
-            raise TrainingDivergedError(f"step {step}: {skipped_in_a_row} steps in a row overflowed in fp16")
-
-        now = time.perf_counter()
-        samples += batch.num_samples
-        tokens += batch.num_tokens
-        row |= dict(batch.metrics)
-        row |= {
-            "lr": lr,
-            "samples": samples,
-            "tokens": tokens,
-            "time_s": now - started,
-            "time/train_s": now - train_started,
-            "throughput/samples_per_s": batch.num_samples / (now - step_started),
-            "throughput/tokens_per_s": batch.num_tokens / (now - step_started),
-        }
-        if scaler.is_enabled():
-            row["fp16/skipped_steps"] = skipped
-        row |= _peak_memory(precision.device)
-
-        at_end = step == num_steps
-        if at_end or (settings.eval_every is not None and step % settings.eval_every == 0):
-            evaluation = task.evaluate(step)
+    stopped_early = False
+    clock_zero = time.perf_counter() - counters.time_s
+    while counters.step < num_steps and not stopped_early:
+        counters.step += 1
+        row, batch = _step(task, settings, counters, num_steps, optimizer, scaler, precision, seed, folder)
+        counters.time_s = row["time_s"] = time.perf_counter() - clock_zero
+        at_end = counters.step == num_steps
+        if at_end or (settings.eval_every is not None and counters.step % settings.eval_every == 0):
+            evaluation = task.evaluate(counters.step)
             row |= {f"eval/{name}": value for name, value in evaluation.metrics.items()}
-            if not math.isfinite(evaluation.score):
-                raise TrainingDivergedError(f"step {step}: the evaluation's score is {evaluation.score}")
-            if best is None or evaluation.score > best.score:
-                best, best_step, without_better = evaluation, step, 0
-                _save_whole(task, folder / "model_best")
-            else:
-                without_better += 1
-                stopped_early = settings.patience is not None and without_better >= settings.patience
-        every = settings.samples_every or settings.eval_every
-        if batch.samples and (at_end or step == 1 or (every is not None and step % every == 0)):
-            recorder.samples(step, batch.samples)
-        recorder.metrics(step, row)
-        if stopped_early and not at_end:
-            recorder.message(f"stopped early at step {step}: no better evaluation since step {best_step}")
-            break
+            stopped_early = _judge(evaluation, counters, task, settings, folder)
+        if batch.samples and (at_end or _samples_are_due(settings, counters.step)):
+            recorder.samples(counters.step, batch.samples)
+        recorder.metrics(counters.step, row)
+        if durable is not None and not at_end and not stopped_early:
+            _make_durable(durable, task, optimizer, scaler, counters)
+    if stopped_early and counters.step < num_steps:
+        recorder.message(
+            f"stopped early at step {counters.step}: no better evaluation since step {counters.best_step}"
+        )
+    assert evaluation is not None, "a run evaluates at its last step"
+    _settle_weights(task, settings.select, counters.best_step == counters.step, folder)
+    final = evaluation
+    if settings.select is Select.best:
+        final = Evaluation(counters.best_metrics, counters.best_score)
+    early = stopped_early and counters.step < num_steps
+    return FitResult(counters.step, counters.best_step, counters.best_score, early, final)
 
-    assert evaluation is not None and best is not None, "a run evaluates at its last step"
-    _settle_weights(task, settings.select, best_step == step, folder)
-    final = best if settings.select is Select.best else evaluation
-    return FitResult(step, best_step, best.score, stopped_early and step < num_steps, final)
+
+def _step(
+    task: Task,
+    settings: TrainSettings,
+    counters: _Counters,
+    num_steps: int,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    precision: Precision,
+    seed: int,
+    folder: Path,
+) -> tuple[dict[str, float], StepBatch]:
+    """One optimizer step; returns its row of metrics, and its batch."""
+    started = time.perf_counter()
+    step = counters.step
+    lr = settings.lr * lr_factor(settings, step, num_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    seed_dropout(seed, step)
+    batch = task.batch(step - 1)
+    train_started = time.perf_counter()
+    row = _forward_backward(task, batch, precision, scaler)
+    scaler.unscale_(optimizer)
+    row["grad_norm"] = _clip(task.model, settings.max_grad_norm)
+    overflow = scaler.is_enabled() and not math.isfinite(row["grad_norm"])
+    if not overflow:  # a norm can overflow where no gradient does: then the scaler alone would let the step pass
+        _check_finite(step, row, batch, folder)
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    counters.skipped += overflow
+    counters.skipped_in_a_row = counters.skipped_in_a_row + 1 if overflow else 0
+    if counters.skipped_in_a_row > _MAX_SKIPPED_IN_A_ROW:
+        raise TrainingDivergedError(f"step {step}: {counters.skipped_in_a_row} steps in a row overflowed in fp16")
+
+    now = time.perf_counter()
+    counters.samples += batch.num_samples
+    counters.tokens += batch.num_tokens
+    row |= dict(batch.metrics)
+    row |= {
+        "lr": lr,
+        "samples": counters.samples,
+        "tokens": counters.tokens,
+        "time/train_s": now - train_started,
+        "throughput/samples_per_s": batch.num_samples / (now - started),
+        "throughput/tokens_per_s": batch.num_tokens / (now - started),
+    }
+    if scaler.is_enabled():
+        row["fp16/skipped_steps"] = counters.skipped
+    return row | _peak_memory(precision.device), batch
+
+
+def _judge(evaluation: Evaluation, counters: _Counters, task: Task, settings: TrainSettings, folder: Path) -> bool:
+    """Keeps the weights where they are the best so far; True where patience has run out."""
+    if not math.isfinite(evaluation.score):
+        raise TrainingDivergedError(f"step {counters.step}: the evaluation's score is {evaluation.score}")
+    if evaluation.score > counters.best_score:
+        counters.best_step, counters.best_score = counters.step, evaluation.score
+        counters.best_metrics, counters.without_better = dict(evaluation.metrics), 0
+        _save_whole(task, folder / _BEST)
+        return False
+    counters.without_better += 1
+    return settings.patience is not None and counters.without_better >= settings.patience
+
+
+def _samples_are_due(settings: TrainSettings, step: int) -> bool:
+    every = settings.samples_every or settings.eval_every
+    return step == 1 or (every is not None and step % every == 0)
+
+
+def _make_durable(
+    durable: Durable,
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    counters: _Counters,
+) -> None:
+    """Writes a checkpoint where one is due or a signal came; then stops for the signal."""
+    state = task.state()
+    if state is None:  # inside a rollout: at the next step at which the run can be taken up again
+        durable.is_owed = durable.is_owed or counters.step % durable.every == 0
+        return
+    stop = durable.stop.requested
+    if stop is None and not durable.is_owed and counters.step % durable.every != 0:
+        return
+    durable.is_owed = False
+    tensors = {**model_tensors(task.model), **optimizer_tensors(optimizer)}
+    values = {"counters": asdict(counters), "task": dict(state), "scaler": scaler.state_dict()}
+    durable.checkpoints.save(Checkpoint(counters.step, tensors, values))
+    if stop is not None:
+        raise StopRequested(stop)
+
+
+def _restore(
+    checkpoint: Checkpoint,
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    folder: Path,
+) -> _Counters:
+    """Puts everything back as it was after the checkpoint's step."""
+    restore_model(task.model, checkpoint.tensors)
+    restore_optimizer(optimizer, checkpoint.tensors)
+    task.restore(checkpoint.values["task"])
+    if scaler.is_enabled():
+        scaler.load_state_dict(checkpoint.values["scaler"])
+    counters = _Counters(**checkpoint.values["counters"])
+    restore_folder(folder / _BEST)
+    if counters.best_step and not (folder / _BEST).is_dir():
+        # killed after the weights had been settled: then model/ holds the best
+        shutil.copytree(folder / "model", folder / _BEST)
+    return counters
 
 
 def _forward_backward(
@@ -219,27 +336,36 @@ def _clip(model: nn.Module, max_norm: float | None) -> float:
     return float(nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm))
 
 
-def _check_finite(step: int, row: Mapping[str, float]) -> None:
+def _check_finite(step: int, row: Mapping[str, float], batch: StepBatch, folder: Path) -> None:
+    """Raises TrainingDivergedError, with the batch saved, before the weights are touched."""
     for name in ("loss", "grad_norm"):
         if not math.isfinite(row[name]):
-            raise TrainingDivergedError(f"step {step}: {name} is {row[name]}; lower the learning rate")
+            file = folder / f"nonfinite-step-{step}.safetensors"
+            save_batch(file, batch.micro_batches)
+            raise TrainingDivergedError(
+                f"step {step}: {name} is {row[name]}; lower the learning rate (the batch is in {file})"
+            )
 
 
 def _settle_weights(task: Task, select: Select, best_is_last: bool, folder: Path) -> None:
-    """Puts the selected weights into model/, the others beside it."""
-    best = folder / "model_best"
-    if best_is_last:
-        best.rename(folder / "model")
-    elif select is Select.best:
-        best.rename(folder / "model")
-        _save_whole(task, folder / "model_last")
-    else:
+    """Puts the selected weights into model/, the others beside it; can be repeated after a kill at any point."""
+    best = folder / _BEST
+    if best_is_last or select is Select.last:
         _save_whole(task, folder / "model")
+    else:
+        _save_whole(task, folder / "model_last")
+        building = folder / ".model.building"
+        shutil.rmtree(building, ignore_errors=True)
+        shutil.copytree(best, building)
+        replace_folder_atomic(building, folder / "model")
+    if best_is_last or select is Select.best:
+        shutil.rmtree(best)
 
 
 def _save_whole(task: Task, target: Path) -> None:
     """Writes the weights so that `target` is always a whole folder: the old one or the new one."""
     building = target.with_name(f".{target.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
     task.save(building)
     replace_folder_atomic(building, target)
 

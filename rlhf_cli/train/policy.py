@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +95,14 @@ class PolicyTask:
         self.micro_batch_size = settings.micro_batch_size or settings.batch_size
         self.baseline = BaselineState()
         self._prepared: list[_Prepared] = []
+        self._steps_left = 0  # of the current rollout
 
     def batch(self, step: int) -> StepBatch:
         """The optimizer batch of a step; a new rollout where the last one is used up."""
         number, update = divmod(step, self.plan.updates_per_rollout)
         if update == 0:
             self._prepared = self._prepare(number)
+        self._steps_left = self.plan.updates_per_rollout - update - 1
         prepared = self._prepared[update % self.plan.num_minibatches]
         size = self.micro_batch_size
         return StepBatch(
@@ -151,6 +153,16 @@ class PolicyTask:
     def save(self, folder: Path) -> None:
         """Writes a Hugging Face folder."""
         save_model(self.model, self.tokenizer, folder)
+
+    def state(self) -> Mapping[str, Any] | None:
+        """The baseline; None while a rollout still has steps to serve."""
+        if self._steps_left:
+            return None
+        return {"baseline": asdict(self.baseline)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes up a `state`."""
+        self.baseline = BaselineState(**state["baseline"])
 
     def _prepare(self, number: int) -> list[_Prepared]:
         """Samples rollout `number`, scores it and cuts it into optimizer batches with their advantages."""

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.train.checkpoint import Checkpoints, Durable
 from rlhf_cli.train.progress import Progress
 from rlhf_cli.train.run_folder import RunFolder, Status
+from rlhf_cli.train.settings import CheckpointSettings
+from rlhf_cli.train.stopping import STOP
 from rlhf_cli.train.tracking import Tracker
 
 
@@ -29,14 +32,17 @@ class RunRequest:
     title: str  # shown before the progress bar
     num_steps: int
     keys: Sequence[str]  # metrics shown while it runs
-    make_tracker: Callable[[str], Tracker]  # run id -> tracker
+    make_tracker: Callable[[str, int | None], Tracker]  # run id, step it resumes after -> tracker
+    checkpoint: CheckpointSettings
+    resume: bool = False  # continue what the folder holds
 
 
 class RunRecorder:
     """Sends each figure of a run to the run folder, the tracker and the screen."""
 
-    def __init__(self, run: RunFolder, tracker: Tracker, progress: Progress) -> None:
+    def __init__(self, run: RunFolder, tracker: Tracker, progress: Progress, durable: Durable) -> None:
         self.run = run
+        self.durable = durable
         self.tracker = tracker
         self.progress = progress
 
@@ -64,7 +70,17 @@ class RunRecorder:
 @contextmanager
 def recorded_run(request: RunRequest) -> Iterator[RunRecorder]:
     """Opens a run and closes it with the status it earned: finished, failed or interrupted."""
-    run = RunFolder.create(request.folder)
+    run = RunFolder(request.folder)
+    resumes = request.resume and run.record_path.is_file()
+    if not resumes:
+        run = RunFolder.create(request.folder)
+    notes: list[str] = []
+    checkpoints = Checkpoints(run.checkpoints, request.checkpoint.keep, notes.append)
+    checkpoint = checkpoints.latest() if resumes else None
+    resumed_from = (0 if checkpoint is None else checkpoint.step) if resumes else None
+    if resumed_from is not None:
+        run.rewind(resumed_from)
+        notes.append(f"resuming after step {resumed_from}")
     record = run.start(
         command=request.command,
         name=request.name,
@@ -73,13 +89,17 @@ def recorded_run(request: RunRequest) -> Iterator[RunRecorder]:
         device=request.device,
         threads=request.threads,
         upstream=request.upstream,
+        resumed_from=resumed_from,
     )
-    tracker = request.make_tracker(record.id)
+    tracker = request.make_tracker(record.id, resumed_from)
+    durable = Durable(checkpoints, request.checkpoint.every, STOP, checkpoint)
     status: Status = "failed"
     error: str | None = None
     try:
-        with Progress(request.num_steps, request.title, request.keys) as progress:
-            yield RunRecorder(run, tracker, progress)
+        with Progress(request.num_steps, request.title, request.keys, start_step=resumed_from or 0) as progress:
+            for note in notes:
+                progress.message(note)
+            yield RunRecorder(run, tracker, progress, durable)
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -93,6 +94,13 @@ class RewardTask:
             wins += float(_wins(chosen - rejected)) / count
             margin += float((chosen - rejected).sum()) / count
         return Evaluation({"loss": loss, "rm/accuracy": wins, "rm/margin": margin}, score=-loss)
+
+    def state(self) -> Mapping[str, Any]:
+        """Nothing: the rows of a step are a function of the step."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing to take up."""
 
     def save(self, folder: Path) -> None:
         """Writes a Hugging Face folder."""

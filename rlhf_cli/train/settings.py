@@ -25,6 +25,20 @@ class Select(Enum):
 
 
 @dataclass
+class CheckpointSettings:
+    """How often a run writes all its state, and how many of these stay."""
+
+    every: int = 50  # optimizer steps
+    keep: int = 2
+
+    def check(self, where: str) -> None:
+        """Raises RequestError for impossible values; `where` is the key prefix."""
+        for key in ("every", "keep"):
+            if getattr(self, key) < 1:
+                raise bad_value(f"{where}.{key}", getattr(self, key), "a whole number >= 1")
+
+
+@dataclass
 class TrainSettings:
     """One stage's optimisation; every stage has its own."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,6 +74,13 @@ class SftTask:
             count += int(tokens.mask.sum())
         loss = total / count
         return Evaluation({"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, score=-loss)
+
+    def state(self) -> Mapping[str, Any]:
+        """Nothing: the rows of a step are a function of the step."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing to take up."""
 
     def save(self, folder: Path) -> None:
         """Writes a Hugging Face folder."""

@@ -15,8 +15,9 @@ from fixtures_config import Ask
 from hydra.core.global_hydra import GlobalHydra
 
 from rlhf_cli.commands import launch as launch_module
-from rlhf_cli.commands.launch import FAILED, INTERRUPTED, OK, TERMINATED, WRONG_REQUEST, launch, launch_into
+from rlhf_cli.commands.launch import FAILED, OK, WRONG_REQUEST, launch, launch_into
 from rlhf_cli.errors import RequestError
+from rlhf_cli.train.stopping import StopRequested
 
 DONE = ["train-sft", "experiment=smoke", "run_dir=run"]
 DIVERGED = ["train-sft", "experiment=smoke", "run_dir=run", "sft.train.lr=1e30", "sft.train.warmup_ratio=0"]
@@ -89,7 +90,11 @@ def as_job(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
         (RequestError("data.path=x: has no rows"), WRONG_REQUEST, "rlhf: data.path=x: has no rows"),
         (ValueError("two\nlines"), FAILED, "rlhf: a job of the sweep failed: two lines"),
         (KeyError(), FAILED, "rlhf: a job of the sweep failed: KeyError"),
-        (KeyboardInterrupt(), INTERRUPTED, "rlhf: stopped by SIGINT"),
+        (
+            StopRequested(signal.SIGINT),
+            130,
+            "rlhf: stopped by SIGINT; the same command with resume=auto continues it",
+        ),
     ],
 )
 def test_the_status_of_a_sweep(
@@ -106,9 +111,12 @@ def test_the_status_of_a_sweep(
     assert capfd.readouterr().err.splitlines()[-1] == line
 
 
-def test_sigterm_ends_a_run_with_its_own_status(workplace: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(launch_module.job, "run", lambda cfg: os.kill(os.getpid(), signal.SIGTERM))
-    assert launch("train-sft", ["run_dir=here"]) == TERMINATED
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_with_a_status_of_its_own(
+    number: signal.Signals, status: int, workplace: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(launch_module.job, "run", lambda cfg: os.kill(os.getpid(), number))
+    assert launch("train-sft", ["run_dir=here"]) == status
 
 
 @pytest.mark.parametrize("folder", ["with a blank", "it's", "a,b=(c)", "[a]{b}", "~ä:$x", 'say "a"', "a\\b"])

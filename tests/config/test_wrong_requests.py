@@ -9,7 +9,8 @@ import pytest
 import torch
 from fixtures_config import Ask, choices, commands, contents
 
-from rlhf_cli.commands.launch import WRONG_REQUEST
+from rlhf_cli.commands import job
+from rlhf_cli.commands.launch import OK, WRONG_REQUEST
 
 P = "train-policy"
 
@@ -144,7 +145,17 @@ WRONG: dict[str, tuple[str, list[str], list[str]]] = {
 
 
 @pytest.fixture
-def furnished(workplace: Path) -> Path:
+def no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that gets as far as its job fails the test at once."""
+
+    def begin(cfg: object) -> None:
+        raise AssertionError("the job began")
+
+    monkeypatch.setattr(job, "run", begin)
+
+
+@pytest.fixture
+def furnished(workplace: Path, no_job: None) -> Path:
     """A working folder with a file, an empty folder, a run, a sweep and someone's notes."""
     (workplace / "pairs.jsonl").write_text('{"prompt": "a", "chosen": " b", "rejected": " c"}\n')
     for folder in ("empty", "used/.hydra", "swept", "notes"):
@@ -176,7 +187,12 @@ def test_a_wrong_request_is_one_line_and_leaves_nothing(case: str, ask: Ask, fur
     ],
 )
 def test_what_only_the_rows_show_is_found_before_a_run_begins(
-    command: str, arguments: list[str], words: list[str], ask: Ask, workplace: Path
+    command: str,
+    arguments: list[str],
+    words: list[str],
+    ask: Ask,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     (workplace / "broken.jsonl").write_text(
         '{"prompt": "a", "chosen": " b", "rejected": " c"}\n{"prompt": "a", "chosen": " b"}\n'
@@ -187,10 +203,11 @@ def test_what_only_the_rows_show_is_found_before_a_run_begins(
     assert {name.partition("/")[0] for name in contents(workplace / "run")} <= {".hydra", "rlhf.log"}
     assert {path.name for path in workplace.iterdir()} == {"broken.jsonl", "run"}
     # and the folder can be used once the request is right
-    assert ask(command, "run_dir=run", "algo=rlo").line.startswith("algo=rlo")
-    assert "run_dir" not in ask(command, "run_dir=run", "eval.split=dev", "data=jsonl", "data.path=nope").line
+    monkeypatch.setattr(job, "run", lambda cfg: None)
+    assert ask(command, "run_dir=run").status == OK
 
 
+@pytest.mark.usefixtures("no_job")
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_a_device_that_is_not_there(device: str, ask: Ask, workplace: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -201,6 +218,7 @@ def test_a_device_that_is_not_there(device: str, ask: Ask, workplace: Path, monk
     assert contents(workplace) == {}
 
 
+@pytest.mark.usefixtures("no_job")
 def test_a_folder_that_cannot_be_written_to(ask: Ask, workplace: Path, monkeypatch: pytest.MonkeyPatch):
     """As root every folder can be written to, so the system's answer is replaced."""
     (workplace / "locked").mkdir()
@@ -217,6 +235,7 @@ def test_the_hydra_folder_of_a_run_in_use_stays_as_it_is(ask: Ask, furnished: Pa
         assert contents(furnished / "used") == before
 
 
+@pytest.mark.usefixtures("no_job")
 def test_a_full_traceback_is_shown_where_it_is_asked_for(ask: Ask, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     for arguments in (["algo=rlo"], ["algo.k=1"], ["algo.k=x"], ["data=jsonl", "data.path=nope"]):

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.fixtures_e2e import RLHF, ROOT, Cli, Started, environment
-
-__all__ = ["ROOT", "Cli", "environment"]
+from tests.e2e.fixtures_e2e import RLHF, Started, environment
 
 
 @pytest.fixture
@@ -56,9 +54,3 @@ def smoke(cache: Path) -> list[str]:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The working folder of a module's tests."""
     return tmp_path_factory.mktemp("work")
-
-
-@pytest.fixture
-def cli() -> Cli:
-    """`cli("train-sft", ..., expect=0)` from the root of the repository."""
-    return Cli(ROOT)

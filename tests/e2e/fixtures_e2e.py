@@ -32,16 +32,6 @@ class Done:
     cpu_s: float  # user and system time, of its children too
 
     @property
-    def stdout(self) -> str:
-        """`out` by subprocess' name for it."""
-        return self.out
-
-    @property
-    def stderr(self) -> str:
-        """`err` by subprocess' name for it."""
-        return self.err
-
-    @property
     def last_line(self) -> str:
         """The last line on stderr."""
         return self.err.splitlines()[-1]
@@ -80,19 +70,6 @@ def ok(arguments: Sequence[str], cwd: Path, **options: Any) -> Done:
     assert done.status == 0, done.err
     assert "Traceback" not in done.err and "Warning" not in done.err, done.err
     return done
-
-
-@dataclass(frozen=True)
-class Cli:
-    """The command line in one working folder."""
-
-    cwd: Path
-
-    def __call__(self, *arguments: str, expect: int = 0) -> Done:
-        """Runs to its end, which has the status that is expected."""
-        done = run(arguments, self.cwd)
-        assert done.status == expect, done.err
-        return done
 
 
 @dataclass

@@ -246,7 +246,7 @@ class TestAlgorithm:
 class TestTracker:
     @staticmethod
     def build(config: LoggerConfig, folder: Path) -> object:
-        return build.tracker(config, folder, "id", "name", "group", {"seed": 0})
+        return build.tracker(config, folder, "id", None, "name", "group", {"seed": 0})
 
     def test_metrics_file_alone(self, tmp_path: Path) -> None:
         assert type(self.build(LoggerConfig(), tmp_path)) is NullTracker

@@ -59,6 +59,7 @@ DIGEST_TABLE: dict[str, tuple[Any, bool, bool]] = {
     "data.num_pairs": (11, False, True),
     "data.swap_rate": (0.5, False, True),
     "data.label_temperature": (9.0, False, True),
+    "rm.name": ("other", False, True),
     "rm.append_eos": (False, False, True),
     "rm.use_margin": (True, False, True),
     "rm.init": (RmInit.backbone, False, True),
@@ -238,11 +239,12 @@ class TestFileDigest:
         assert file_digest(str(shutil.copytree(folder, tmp_path / "copy"))) == before
 
     def test_two_files_are_not_taken_for_one(self, tmp_path: Path) -> None:
-        for folder, files in (("a", {"x.json": "1", "y.json": "2"}), ("b", {"x.json": "2", "y.json": "1"})):
-            (tmp_path / folder).mkdir()
+        folders = ({"x.json": "1", "y.json": "2"}, {"x.json": "2", "y.json": "1"}, {"x.json": "1", "z.json": "2"})
+        for i, files in enumerate(folders):
+            (tmp_path / str(i)).mkdir()
             for name, content in files.items():
-                (tmp_path / folder / name).write_text(content)
-        assert file_digest(str(tmp_path / "a")) != file_digest(str(tmp_path / "b"))
+                (tmp_path / str(i) / name).write_text(content)
+        assert len({file_digest(str(tmp_path / str(i))) for i in range(3)}) == 3
 
     def test_a_hub_id_is_its_name(self) -> None:
         assert file_digest("gpt2") == file_digest("gpt2") != file_digest("gpt3")

@@ -46,8 +46,9 @@ def keys(config: RunConfig) -> tuple[str, str]:
 
 
 def write_run(folder: Path, content: str = "whole") -> None:
-    """What a training leaves, as far as stages look at it."""
-    (folder / "model").mkdir(parents=True)
+    """What a training leaves, as far as stages look at it; it takes up what it finds there."""
+    (folder / "model").mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoints" / "step-1").mkdir(parents=True, exist_ok=True)
     (folder / "model" / "config.json").write_text(json.dumps({"content": content}))
     (folder / "summary.json").write_text(json.dumps({"time_s": 12.4}))
 
@@ -62,11 +63,13 @@ class Watcher:
         self.said: list[str] = []
 
     def sft(self, job: Job, seed: int) -> None:
-        self.trained.append(("sft", seed, job.command, job.tracked))
+        assert job.resume and not job.tracked
+        self.trained.append(("sft", seed, job.command))
         write_run(job.folder)
 
     def rm(self, job: Job, seed: int, upstream: Artifact) -> None:
-        self.trained.append(("rm", seed, job.command, job.tracked, upstream))
+        assert job.resume and not job.tracked
+        self.trained.append(("rm", seed, job.command, upstream))
         write_run(job.folder)
 
     def resolve(self) -> tuple[Artifact, Artifact]:
@@ -87,7 +90,7 @@ def watcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watcher
 class TestCache:
     def test_each_stage_is_trained_once(self, watcher: Watcher) -> None:
         sft, rm = watcher.resolve()
-        assert watcher.trained == [("sft", 0, "train-sft", False), ("rm", 0, "train-rm", False, sft)]
+        assert watcher.trained == [("sft", 0, "train-sft"), ("rm", 0, "train-rm", sft)]
         assert watcher.resolve() == (sft, rm)
         assert len(watcher.trained) == 2
         assert keys(watcher.config) == (sft.digest, rm.digest)
@@ -164,20 +167,30 @@ class TestCache:
         sft, _ = watcher.resolve()
         assert json.loads(Path(sft.path, "config.json").read_text()) == {"content": "whole"}
 
-    def test_half_made_folders_are_not_picked_up_and_go(self, watcher: Watcher) -> None:
+    def test_a_half_made_folder_is_continued_and_never_taken_for_whole(self, watcher: Watcher) -> None:
         name = f"sft-{keys(watcher.config)[0][:12]}"
-        write_run(watcher.cache / f".building-{name}-4711", "half")
-        (watcher.cache / f".building-{name}-4711" / "stage.json").write_text("{}")
-        write_run(watcher.cache / name, "half")  # no stage.json
-        (watcher.cache / name / "leftover").touch()
-        other = watcher.cache / ".building-sft-0123456789ab-4711"  # of another artifact: perhaps being made
+        half = watcher.cache / f".building-{name}"
+        write_run(half, "half")
+        (half / "metrics.jsonl").write_text("rows so far")
+        (half / "stage.json").write_text("{}")  # killed in its last moment
+        other = watcher.cache / ".building-sft-0123456789ab"  # another artifact's: perhaps being made
         write_run(other)
         sft, _ = watcher.resolve()
         assert [entry[0] for entry in watcher.trained] == ["sft", "rm"]
         assert json.loads(Path(sft.path, "config.json").read_text()) == {"content": "whole"}
-        assert not (watcher.cache / name / "leftover").exists()
+        assert (watcher.cache / name / "metrics.jsonl").read_text() == "rows so far"
+        assert json.loads((watcher.cache / name / "stage.json").read_text())["seed"] == 0
         assert other.is_dir()
         shutil.rmtree(other)
+
+    def test_a_folder_of_that_name_without_a_key_is_replaced(self, watcher: Watcher) -> None:
+        name = f"sft-{keys(watcher.config)[0][:12]}"
+        write_run(watcher.cache / name, "half")
+        (watcher.cache / name / "leftover").touch()
+        sft, _ = watcher.resolve()
+        assert [entry[0] for entry in watcher.trained] == ["sft", "rm"]
+        assert json.loads(Path(sft.path, "config.json").read_text()) == {"content": "whole"}
+        assert not (watcher.cache / name / "leftover").exists()
 
 
 class TestGiven:

@@ -177,7 +177,9 @@ class TestScale:
         assert json.loads((tmp_path / "config.json").read_text()) == config
         assert {file: file.read_bytes() for file in tmp_path.iterdir() if file.name != "config.json"} == others
 
-    @pytest.mark.parametrize("scale", [(0.0, 0.0), (0.0, -1.0), (0.0, np.nan), (0.0, np.inf), (np.inf, 1.0), (np.nan, 1.0)])
+    @pytest.mark.parametrize(
+        "scale", [(0.0, 0.0), (0.0, -1.0), (0.0, np.nan), (0.0, np.inf), (np.inf, 1.0), (np.nan, 1.0)]
+    )
     def test_a_reward_that_does_not_vary(self, scale: tuple[float, float], tmp_path: Path) -> None:
         with pytest.raises(RequestError, match=r"^rm\.standardize: the reward model gives mean .* on SFT samples"):
             store_scale(tmp_path, *scale)

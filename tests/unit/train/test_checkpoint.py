@@ -1,0 +1,157 @@
+"""Checkpoints: nothing half-written is read, damage is reported, the optimizer comes back to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from rlhf_cli.train import checkpoint as module
+from rlhf_cli.train.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    damage,
+    model_tensors,
+    optimizer_tensors,
+    restore_model,
+    restore_optimizer,
+    save_batch,
+)
+from rlhf_cli.types import Sequences
+
+
+class Tied(nn.Module):
+    """An embedding that is also the output layer, and a buffer."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=True)
+        self.head.weight = self.embed.weight
+        self.register_buffer("scale", torch.rand(2))
+        self.register_buffer("scratch", torch.rand(2), persistent=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed(ids))
+
+
+def trained(seed: int, steps: int) -> tuple[Tied, torch.optim.AdamW]:
+    model = Tied(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    for step in range(steps):
+        one_step(model, optimizer, step)
+    return model, optimizer
+
+
+def one_step(model: Tied, optimizer: torch.optim.AdamW, step: int) -> None:
+    optimizer.zero_grad()
+    model(torch.tensor([step % 5, 1])).square().sum().backward()
+    optimizer.step()
+
+
+@pytest.fixture
+def reports() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path, reports: list[str]) -> Checkpoints:
+    return Checkpoints(tmp_path / "checkpoints", keep=2, report=reports.append)
+
+
+def saved(step: int) -> Checkpoint:
+    return Checkpoint(step, {"a": torch.full((3,), float(step))}, {"counters": {"step": step}})
+
+
+def test_a_run_taken_up_again_goes_on_to_the_bit(checkpoints: Checkpoints):
+    model, optimizer = trained(0, 3)
+    checkpoints.save(Checkpoint(3, {**model_tensors(model), **optimizer_tensors(optimizer)}, {}))
+    other, other_optimizer = trained(1, 0)
+    loaded = checkpoints.latest()
+    assert loaded is not None
+    restore_model(other, loaded.tensors)
+    restore_optimizer(other_optimizer, loaded.tensors)
+    for step in range(3, 6):
+        one_step(model, optimizer, step)
+        one_step(other, other_optimizer, step)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_tied_weights_are_stored_once_and_scratch_buffers_not_at_all():
+    assert sorted(model_tensors(Tied(0))) == ["model/embed.weight", "model/head.bias", "model/scale"]
+
+
+def test_the_newest_is_read_and_the_oldest_are_dropped(checkpoints: Checkpoints):
+    for step in (10, 20, 30):
+        checkpoints.save(saved(step))
+    assert checkpoints.steps() == [20, 30]
+    latest = checkpoints.latest()
+    assert latest is not None
+    assert (latest.step, latest.values) == (30, {"counters": {"step": 30}})
+    assert latest.tensors["a"].tolist() == [30.0, 30.0, 30.0]
+
+
+def test_no_checkpoint_is_none(checkpoints: Checkpoints):
+    assert checkpoints.latest() is None
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "digests.json"])
+@pytest.mark.parametrize("harm", ["truncate", "flip", "delete"])
+def test_a_damaged_newest_one_is_reported_and_the_one_before_is_used(
+    checkpoints: Checkpoints, reports: list[str], name: str, harm: str
+):
+    checkpoints.save(saved(1))
+    checkpoints.save(saved(2))
+    file = checkpoints.folder / "step-2" / name
+    data = bytearray(file.read_bytes())
+    if harm == "truncate":
+        file.write_bytes(bytes(data[: len(data) // 2]))
+    elif harm == "flip":
+        data[len(data) // 2] ^= 4
+        file.write_bytes(bytes(data))
+    else:
+        file.unlink()
+    latest = checkpoints.latest()
+    assert latest is not None
+    assert latest.step == 1
+    assert len(reports) == 1
+    assert "step-2" in reports[0]
+
+
+def test_a_half_written_one_is_not_seen(checkpoints: Checkpoints):
+    checkpoints.save(saved(1))
+    (checkpoints.folder / ".step-2.building").mkdir()
+    assert checkpoints.steps() == [1]
+    checkpoints.save(saved(2))
+    assert checkpoints.steps() == [1, 2]
+
+
+@pytest.mark.parametrize("fails", ["save_file", "replace_folder_atomic"])
+def test_a_full_disk_leaves_the_ones_before_untouched(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, fails: str
+):
+    checkpoints.save(saved(1))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, fails, full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save(saved(2))
+    assert damage(checkpoints.folder / "step-1") is None
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step-1"]
+
+
+def test_a_batch_is_saved_tensor_by_tensor(tmp_path: Path):
+    sequences = Sequences(torch.tensor([[1, 2]]), torch.tensor([[True, True]]), torch.tensor([[False, True]]))
+    save_batch(tmp_path / "batch.safetensors", [sequences, sequences])
+    stored = load_file(tmp_path / "batch.safetensors")
+    assert stored["1/ids"].tolist() == [[1, 2]]
+    assert sorted(stored) == sorted(
+        f"{i}/{name}" for i in (0, 1) for name in ("ids", "attention_mask", "completion_mask")
+    )
