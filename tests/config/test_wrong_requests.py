@@ -52,7 +52,7 @@ WRONG: dict[str, tuple[str, list[str], list[str]]] = {
     "null for a number": (P, ["algo.beta=null"], ["algo.beta=null", "not null"]),
     "text for a truth value": (P, ["stages.auto=maybe"], ["stages.auto=maybe: expected true or false"]),
     "text for a list": ("eval", ["policies=a"], ["policies=a: expected a list"]),
-    "enum": (P, ["device=tpu"], ["device=tpu", "auto, cpu, cuda, mps"]),
+    "enum": (P, ["device=tpu"], ["device=tpu: not one of auto, cpu, cuda, mps (did you mean cpu?)"]),
     "enum of a choice": (P, ["algo=reinforce", "algo.baseline=median"], ["algo.baseline=median", "ema, mean"]),
     "enum deep down": (P, ["rm.train.schedule=step"], ["rm.train.schedule=step", "constant", "cosine", "linear"]),
     "interpolation of nothing": (P, ["algo.beta=${nope}"], ["algo.beta=${nope}", "nope"]),
