@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fixtures_config import Ask
@@ -63,8 +64,17 @@ def test_a_command_leaves_the_process_as_it_was(case: str, ask: Ask, monkeypatch
         logging.getLogger().removeHandler(mine)
 
 
-def test_a_commands_log_is_closed_with_it(ask: Ask, workplace: Path):
+def test_a_commands_log_is_closed_with_it(ask: Ask, workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    opened: list[logging.FileHandler] = []
+    original = logging.FileHandler.__init__
+
+    def remember(self: logging.FileHandler, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **options)
+        opened.append(self)
+
+    monkeypatch.setattr(logging.FileHandler, "__init__", remember)
     assert ask(*DIVERGED).status == FAILED
+    assert len(opened) == 1 and opened[0].stream is None
     written = (workplace / "run" / "rlhf.log").read_text()
     assert "Traceback (most recent call last)" in written
     logging.getLogger("another").error("something else of this process")

@@ -29,7 +29,9 @@ CHOICES = [f"{group}={choice}" for group in groups() for choice in choices(group
 SIZES = {field.name for field in fields(ModelSettings)} - {"name", "path", "lr"}
 
 # Keys whose name, with the file they are in, says all there is.
-SELF_EVIDENT = {"name", "num_layers", "num_heads"}
+SELF_EVIDENT = {"command", "name", "num_layers", "num_heads"}
+
+TRAINING = {field.name for field in fields(TrainSettings)}
 
 
 @contextmanager
@@ -79,12 +81,13 @@ def test_a_choice_is_checked_against_a_schema(choice: str):
 
 
 def test_every_schema_is_behind_a_yaml():
-    found = set()
-    for choice in CHOICES:
-        config = composed("train-policy", overrides(choice))
-        nodes = [config, *(OmegaConf.select(config, group.rpartition("@")[2]) for group in groups())]
-        found |= {OmegaConf.get_type(node) for node in nodes if node is not None}
-    assert {kind for nodes in _SCHEMAS.values() for kind in nodes.values()} - found == set()
+    named = {
+        str(entry).lstrip("/").partition("@")[0]
+        for file in CONF.rglob("*.yaml")
+        for entry in raw(file).get("defaults", [])
+        if "schema/" in str(entry)
+    }
+    assert named == {f"{group}/{name}" for group, nodes in _SCHEMAS.items() for name in nodes}
 
 
 def test_the_training_defaults_in_code_are_those_of_the_yaml():
@@ -109,32 +112,33 @@ def test_enum_members_are_named_as_they_are_written():
 
 @pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONF)))
 def test_every_key_is_explained_where_it_is_set(file: Path):
-    """By a comment on its line or above its block, or in train/base.yaml for a stage's `train`.
+    """By a comment on its line or on the line above.
 
-    An experiment and Hydra's own keys are explained where they come from; a block's inner keys under its head.
+    Not a second time: a stage's `train` (train/base.yaml), what an experiment or a file that extends another one sets,
+    a value that is another place's of the same name. Hydra's own keys are Hydra's to explain.
     """
     lines = file.read_text().splitlines()
-    assert lines[0].startswith("# "), "the first line says what the file is for"
+    assert next(line for line in lines if "@package" not in line).startswith("# "), "what the file is for"
     if file.parent.name in ("experiment", "job_logging"):
         return
-    training = set(raw(CONF / "train" / "base.yaml"))
-    unexplained, above, in_defaults, explained_block = [], "", False, False
-    for line in lines:
-        key = re.match(r"( *)([a-z][\\w]*):", line)
-        if key and not key.group(1):
-            in_defaults = key.group(2) in ("defaults", "hydra")
-            explained_block = False
-        if key and not in_defaults:
-            has_comment = "#" in line or above.startswith("#")
-            is_head = not line.partition("#")[0].strip().partition(":")[2].strip()
-            known = key.group(2) in SELF_EVIDENT or (
-                key.group(1) and (explained_block or key.group(2) in training)
-            )
-            if is_head and has_comment:
-                explained_block = "lr" in line  # the learning rates by stage
-            elif not has_comment and not known and not is_head:
-                unexplained.append(line)
-        above = line.strip()
+    elsewhere = set(SELF_EVIDENT)
+    for entry in raw(file)["defaults"] if file.stem != "base" else []:
+        sibling = file.parent / f"{entry}.yaml"
+        elsewhere |= set(raw(sibling)) if sibling.is_file() else set()
+    unexplained, block = [], ""
+    for above, line in zip(["", *lines], lines, strict=False):
+        key = re.match(r"( *)(\w+):\s*([^#]*)", line)
+        if key is None:
+            continue
+        indent, name, value = key.groups()
+        block = block if indent else name
+        inherited = block in ("defaults", "hydra", "lr") or (indent and name in TRAINING)
+        is_head = not value.strip()
+        refers = value.strip().endswith(f".{name}}}")
+        if not (
+            inherited or is_head or refers or name in elsewhere or "#" in line or above.strip().startswith("#")
+        ):
+            unexplained.append(line)
     assert not unexplained
 
 

@@ -7,11 +7,14 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from fixtures_models import (
     CPU,
     FP32,
@@ -271,6 +274,22 @@ def resolve_in_child(config: RunConfig, train: Callable[[Job, int], None], log: 
         print(artifact.path, file=file)
 
 
+@contextmanager
+def resolving(
+    config: RunConfig, train: Callable[[Job, int], None], logs: Sequence[Path]
+) -> Iterator[list[ForkProcess]]:
+    """A child process for each log; none of them outlives the test."""
+    children = [PROCESSES.Process(target=resolve_in_child, args=(config, train, log), daemon=True) for log in logs]
+    for child in children:
+        child.start()
+    try:
+        yield children
+    finally:
+        for child in children:
+            child.kill()
+            child.join(timeout=30)
+
+
 class TestProcesses:
     def test_two_at_once_train_once(self, tmp_path: Path) -> None:
         config = run_config(tmp_path)
@@ -279,22 +298,19 @@ class TestProcesses:
             with (tmp_path / "trained").open("a") as file:
                 print(os.getpid(), file=file)
             write_run(job.folder)
-            wait_for(lambda: "waiting" in (tmp_path / "0.log").read_text() + (tmp_path / "1.log").read_text())
+            wait_for(lambda: any("waiting" in log.read_text() for log in logs))
 
-        for i in range(2):
-            (tmp_path / f"{i}.log").touch()
-        children = [
-            PROCESSES.Process(target=resolve_in_child, args=(config, slowly, tmp_path / f"{i}.log"))
-            for i in range(2)
-        ]
-        for child in children:
-            child.start()
-        for child in children:
-            child.join(timeout=30)
-        assert [child.exitcode for child in children] == [0, 0]
+        logs = [tmp_path / "0.log", tmp_path / "1.log"]
+        for log in logs:
+            log.touch()
+        with resolving(config, slowly, logs) as children:
+            for child in children:
+                child.join(timeout=30)
+            assert [child.exitcode for child in children] == [0, 0]
         assert len((tmp_path / "trained").read_text().split()) == 1
-        logs = sorted(((tmp_path / f"{i}.log").read_text().splitlines() for i in range(2)), key=len)
-        (trained, path), (waited, reused, same_path) = logs
+        (trained, path), (waited, reused, same_path) = sorted(
+            (log.read_text().splitlines() for log in logs), key=len
+        )
         assert trained.startswith("sft: training once into ")
         assert waited == "sft: another process is training it, waiting"
         assert reused.startswith("sft: reusing ")
@@ -307,18 +323,15 @@ class TestProcesses:
             (tmp_path / "started").touch()
             time.sleep(60)
 
-        child = PROCESSES.Process(target=resolve_in_child, args=(watcher.config, forever, tmp_path / "log"))
-        child.start()
-        wait_for((tmp_path / "started").exists)
-        assert child.pid is not None
-        os.kill(child.pid, signal.SIGKILL)
-        child.join(timeout=30)
+        with resolving(watcher.config, forever, [tmp_path / "log"]) as (child,):
+            wait_for((tmp_path / "started").exists)
         assert child.exitcode == -signal.SIGKILL
         assert len(list(watcher.cache.glob(".building-sft-*"))) == 1  # what it left
         assert not list(watcher.cache.glob("sft-*"))
-        before = time.monotonic()
+        (lock,) = watcher.cache.glob(".sft-*.lock")
+        with FileLock(lock, timeout=10):
+            pass  # it died with its process
         sft, _ = watcher.resolve()
-        assert time.monotonic() - before < 20, "the lock died with its process"
         assert watcher.said[0].startswith("sft: training once into ")
         assert json.loads(Path(sft.path, "config.json").read_text()) == {"content": "whole"}
 
