@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_cli.commands.help import conf_path, group_choices
+from rlhf_cli.commands.job import ERROR_FILE
 from rlhf_cli.commands.show import display_path
 from rlhf_cli.errors import RequestError
 from rlhf_cli.train.provenance import versions
@@ -36,10 +37,11 @@ def info(path: Path | None) -> int:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, float | None]]:
     """run.json, and summary.json where the run got that far. Raises RequestError."""
-    if not (path / "run.json").is_file():
+    begun = (path / "run.json").is_file()
+    if not begun and not (path / ERROR_FILE).is_file():
         raise RequestError(f"info {path}: holds no run (no run.json)")
     found = []
-    for name in ("run.json", "summary.json"):
+    for name in ("run.json" if begun else ERROR_FILE, "summary.json"):
         file = path / name
         try:
             found.append(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {})
@@ -80,7 +82,7 @@ def _run(console: Console, path: Path, record: dict[str, Any], summary: dict[str
     for key in ("status", "error", "command", "name", "start", "end", "seed", "device", "threads", "git_commit"):
         if record.get(key) is not None:
             table.add_row(key, str(record[key]))
-    if "argv" in record:  # a job that failed before its run began has a status and an error alone
+    if "argv" in record:  # not in ERROR_FILE
         table.add_row("argv", " ".join(record["argv"]))
     for stage, artifact in record.get("upstream", {}).items():
         table.add_row(stage, f"{artifact['path']} ({artifact['digest'][:12]})")

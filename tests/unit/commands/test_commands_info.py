@@ -9,6 +9,7 @@ import pytest
 
 from rlhf_cli.commands.help import group_choices
 from rlhf_cli.commands.info import info
+from rlhf_cli.commands.job import ERROR_FILE
 
 RECORD = {
     "status": "finished",
@@ -49,8 +50,8 @@ def test_a_run_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
 
 
 def test_a_job_that_failed_before_it_began(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """It has a status and an error alone."""
-    (tmp_path / "run.json").write_text(json.dumps({"status": "failed", "error": "RequestError: no such folder"}))
+    """A job of a sweep leaves its status and its error alone."""
+    (tmp_path / ERROR_FILE).write_text(json.dumps({"status": "failed", "error": "RequestError: no such folder"}))
     assert info(tmp_path) == 0
     assert lines(capsys.readouterr().out) == [
         ["status", "failed"],

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_cli.commands.job import ERROR_FILE
 from rlhf_cli.commands.launch import FAILED, OK
 from rlhf_cli.commands.sweep import JobRow, collect, grouped, over_seeds, read_jobs, swept_keys
 
@@ -46,6 +47,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_job(sweep, 3, [*common, "algo.k=10", "seed=1"], 1, None, failed)
     write_job(sweep, 10, [*common, "algo.k=2", "seed=2"], 2, None, {"status": "running"})
     write_job(sweep, 4, [*common, "algo.k=10", "seed=2"], 2, None, None)
+    write_job(sweep, 6, [*common, "algo.k=2", "seed=3"], 3, None, None)
+    (sweep / "6" / ERROR_FILE).write_text(
+        '{"status": "failed", "error": "RequestError: rm.path=x: no such folder"}'
+    )
     (sweep / "plots").mkdir()
     (sweep / "5").write_text("a file, no job")
     return sweep
@@ -53,8 +58,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_jobs_are_read_by_number(folder: Path):
     jobs = read_jobs(folder)
-    assert [one.number for one in jobs] == [0, 1, 2, 3, 4, 10]
-    assert [one.status for one in jobs] == ["finished"] * 3 + ["failed", "missing", "running"]
+    assert [one.number for one in jobs] == [0, 1, 2, 3, 4, 6, 10]
+    assert [one.status for one in jobs] == ["finished"] * 3 + ["failed", "missing", "failed", "running"]
     assert jobs[1].overrides == {"algo": "rloo", "run_dir": "sweep", "algo.k": "2", "seed": "1"}
     assert (jobs[1].seed, jobs[1].summary["reward/mean"], jobs[1].error) == (1, 2.0, None)
     assert jobs[3].error == "TrainingDivergedError: step 1: loss is nan"
@@ -123,10 +128,10 @@ def test_what_is_written_of_a_sweep_with_failures(folder: Path, capsys: pytest.C
     rows = list(csv.DictReader((folder / "sweep.csv").open()))
     assert list(rows[0])[:4] == ["job", "algo.k", "seed", "status"]
     assert list(rows[0])[-1] == "error"
-    assert [row["job"] for row in rows] == ["0", "1", "2", "3", "4", "10"]
-    assert [row["status"] for row in rows] == ["finished"] * 3 + ["failed", "missing", "running"]
-    assert [row["reward/mean"] for row in rows] == ["1.0", "2.0", "5.0", "", "", ""]
-    assert [row["gold/mean"] for row in rows] == [""] * 6
+    assert [row["job"] for row in rows] == ["0", "1", "2", "3", "4", "6", "10"]
+    assert [row["status"] for row in rows] == ["finished"] * 3 + ["failed", "missing", "failed", "running"]
+    assert [row["reward/mean"] for row in rows] == ["1.0", "2.0", "5.0", "", "", "", ""]
+    assert [row["gold/mean"] for row in rows] == [""] * 7
     assert rows[3]["error"] == "TrainingDivergedError: step 1: loss is nan"
     summary = list(csv.DictReader((folder / "summary.csv").open()))
     assert [(row["algo.k"], row["seeds"], row["reward/mean"]) for row in summary] == [
@@ -139,6 +144,7 @@ def test_what_is_written_of_a_sweep_with_failures(folder: Path, capsys: pytest.C
     for line in (
         "job 3 failed: TrainingDivergedError: step 1: loss is nan",
         "job 4 missing: no reason recorded",
+        "job 6 failed: RequestError: rm.path=x: no such folder",
         "job 10 running: no reason recorded",
         "sweep/sweep.csv",
         "sweep/summary.csv",

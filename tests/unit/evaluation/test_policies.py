@@ -235,6 +235,22 @@ class TestSummary:
         assert (delta.value, delta.lo, delta.hi) == pytest.approx((0.25, 0.25, 0.25), abs=1e-9)
         assert estimate.hi - estimate.lo > 0.5
 
+    def test_what_the_reference_does_not_have_has_no_difference(self, base: Measured, other: Measured) -> None:
+        more = replace(
+            other,
+            means={**other.means, "extra": np.ones(len(PROMPTS))},
+            ratios={**other.ratios, "extra/ratio": (np.ones(3), np.ones(3))},
+        )
+        table = summarise([base, more], "sft", 50, 0)["rloo"]
+        assert (table["extra"][0].value, table["extra"][1]) == (1.0, None)
+        assert (table["extra/ratio"][0].value, table["extra/ratio"][1]) == (pytest.approx(math.e), None)
+
+    def test_the_seed_decides_the_intervals(self, base: Measured, other: Measured) -> None:
+        one, same, another = (summarise([base, other], "sft", 100, seed)["rloo"] for seed in (1, 1, 2))
+        assert one == same
+        found = [table["gold/mean"][0] for table in (one, another)]
+        assert found[0].value == found[1].value and found[0].lo != found[1].lo
+
     def test_order_does_not_matter(self, base: Measured, other: Measured) -> None:
         assert summarise([base, other], "sft", 100, 3) == summarise([other, base], "sft", 100, 3)
 

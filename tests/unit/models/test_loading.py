@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,7 +78,7 @@ def same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:
 
 
 @pytest.fixture
-def untouched_rng() -> object:
+def untouched_rng() -> Iterator[None]:
     """Fails the test that leaves torch's global generator in another state."""
     before = torch.get_rng_state()
     yield
