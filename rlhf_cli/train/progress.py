@@ -176,7 +176,9 @@ def _log_above(console: Console) -> Iterator[None]:
     handlers = [
         (handler, handler.stream)
         for handler in logging.getLogger().handlers
-        if isinstance(handler, logging.StreamHandler) and handler.stream.isatty()
+        if isinstance(handler, logging.StreamHandler)
+        and handler.stream is not None  # a file's handler that was closed
+        and handler.stream.isatty()
     ]
     try:
         for handler, stream in handlers:

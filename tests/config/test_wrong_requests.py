@@ -132,7 +132,7 @@ WRONG: dict[str, tuple[str, list[str], list[str]]] = {
     "a range without -m": (P, ["algo.k=range(2,4)"], ["algo.k=range(2,4)", "--multirun"]),
     "an impossible job": (P, ["-m", "algo.k=2,1"], ["algo.k=1", "at least 2"]),
     "a job of another type": (P, ["-m", "algo.k=2,x"], ["algo.k=x: expected a whole number"]),
-    "a job with an unknown choice": (P, ["-m", "algo=rloo,foo"], ["algo=foo", "reinforce, rloo"]),
+    "a job with an unknown choice": (P, ["-m", "algo=rloo,foo"], ["algo=foo", *choices("algo")]),
     "a job with a missing path": (P, ["-m", "sft.path=null,./nope"], ["sft.path=./nope", "no such folder"]),
     "an impossible pair of values": (P, ["-m", "algo.k=3,4", "algo.train.batch_size=8,6"], ["multiple of algo.k"]),
     "several folders": (P, ["-m", "run_dir=a,b"], ["run_dir=a,b", "one folder"]),

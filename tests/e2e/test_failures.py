@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_cli.commands.help import group_choices
 from tests.e2e.fixtures_e2e import Started, content, rows, run
 
 pytestmark = pytest.mark.xdist_group("e2e-failures")
@@ -89,7 +90,7 @@ def test_a_job_that_fails_does_not_hide_the_others(tmp_path: Path, smoke: list[s
 def test_a_request_that_is_wrong(tmp_path: Path):
     done = run(["train-policy", "algo=rlo"], tmp_path)
     assert (done.status, done.out) == (2, "")
-    assert done.err == "rlhf: algo=rlo: not one of reinforce, rloo (did you mean rloo?)\n"
+    assert done.err == f"rlhf: algo=rlo: not one of {', '.join(group_choices('algo'))} (did you mean rloo?)\n"
     done = run(["train-policy", "algo=rlo"], tmp_path, HYDRA_FULL_ERROR="1")
     assert done.status == 2
     assert "Traceback (most recent call last)" in done.err and done.last_line.startswith("rlhf: algo=rlo")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_cli.commands.help import group_choices
 from tests.e2e.fixtures_e2e import ROOT, Done, content, ok, rows, run, timeless
 
 pytestmark = pytest.mark.xdist_group("e2e-pipeline")
@@ -195,8 +196,8 @@ def test_info_of_a_run(policies: Path):
 
 
 def test_info_of_the_installation(place: Path):
-    said = ok(["info"], place).out
-    assert re.search(r"^algo= +reinforce, rloo", said, re.M) and str(ROOT / "conf") in said
+    said = ok(["info"], place, COLUMNS="400").out
+    assert re.search(rf"^algo= +{', '.join(group_choices('algo'))}", said, re.M) and str(ROOT / "conf") in said
 
 
 def test_every_metric_is_defined_in_the_readme(

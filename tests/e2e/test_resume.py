@@ -50,13 +50,13 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.glob("model*/*")}
 
 
-def fail_at(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
-    """Lets something happen when the row of a step is written."""
+def fail_at(monkeypatch: pytest.MonkeyPatch, folder: Path, step: int, action: Callable[[], None]) -> None:
+    """Lets something happen when the row of a step is written below a folder, not in the cache of stages."""
     write = RunFolder.append_metrics
 
     def interrupted(self: RunFolder, row: dict[str, Any]) -> None:
         write(self, row)
-        if row["step"] == step:
+        if row["step"] == step and self.path.is_relative_to(folder):
             action()
 
     monkeypatch.setattr(RunFolder, "append_metrics", interrupted)
@@ -81,7 +81,7 @@ def test_a_crashed_run_goes_on_to_the_bit(
     assert start(command, tmp_path / "undisturbed", *extra) == 0
     for step in (2, 8, 9):
         with monkeypatch.context() as patch:
-            fail_at(patch, step, crash)
+            fail_at(patch, tmp_path, step, crash)
             assert start(command, tmp_path / "crashed", *extra, "resume=auto") == 1
     assert start(command, tmp_path / "crashed", *extra, "resume=auto") == 0
     assert figures(tmp_path / "crashed") == figures(tmp_path / "undisturbed")
@@ -95,7 +95,7 @@ def test_rows_before_the_checkpoint_stay_byte_for_byte(
     start: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     with monkeypatch.context() as patch:
-        fail_at(patch, 8, crash)
+        fail_at(patch, tmp_path, 8, crash)
         assert start("train-policy", tmp_path, "resume=auto") == 1
     before = (tmp_path / "metrics.jsonl").read_bytes().split(b"\n")
     assert start("train-policy", tmp_path, "resume=auto") == 0
@@ -109,7 +109,7 @@ def test_a_signal_lets_the_step_end_and_writes_a_checkpoint(
     number: int, status: int, start: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     with monkeypatch.context() as patch:
-        fail_at(patch, 4, lambda: os.kill(os.getpid(), number))
+        fail_at(patch, tmp_path, 4, lambda: os.kill(os.getpid(), number))
         assert start("train-sft", tmp_path) == status
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "interrupted"
     assert (tmp_path / "checkpoints" / "step-4").is_dir()
@@ -121,7 +121,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
     start: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     with monkeypatch.context() as patch:
-        fail_at(patch, 8, crash)
+        fail_at(patch, tmp_path, 8, crash)
         assert start("train-sft", tmp_path, "resume=auto") == 1
     file = tmp_path / "checkpoints" / "step-6" / "tensors.safetensors"
     data = bytearray(file.read_bytes())
@@ -136,7 +136,7 @@ def test_another_config_is_refused_with_the_difference(
     start: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     with monkeypatch.context() as patch:
-        fail_at(patch, 5, crash)
+        fail_at(patch, tmp_path, 5, crash)
         assert start("train-policy", tmp_path, "resume=auto") == 1
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     capsys.readouterr()
@@ -161,7 +161,7 @@ def test_a_full_disk_costs_no_checkpoint(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        fail_at(patch, 5, lambda: patch.setattr("rlhf_cli.train.checkpoint.save_file", full))
+        fail_at(patch, tmp_path, 5, lambda: patch.setattr("rlhf_cli.train.checkpoint.save_file", full))
         assert start("train-sft", tmp_path) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-3"]
@@ -171,7 +171,7 @@ def test_a_full_disk_costs_no_checkpoint(
 def test_a_sweep_reruns_only_what_is_missing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     line = ["train-sft", "experiment=smoke", "seed=0,1", f"stages.cache_dir={cache}", f"run_dir={tmp_path}"]
     with monkeypatch.context() as patch:
-        fail_at(patch, 2, crash)
+        fail_at(patch, tmp_path, 2, crash)
         assert sweep(line) == 1
     assert sweep([*line, "resume=auto"]) == 0
     done = {n: (tmp_path / n / "model" / "model.safetensors").stat().st_mtime_ns for n in ("0", "1")}

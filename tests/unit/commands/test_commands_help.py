@@ -28,8 +28,10 @@ def composed(command: str, overrides: list[str]) -> DictConfig:
 def test_groups_and_their_choices(command: str):
     for group in ("algo", "rm", "data", "precision", "logger", "experiment"):
         assert re.search(rf"^  {group}= +{re.escape('|'.join(group_choices(group)))}$", TEXTS[command], re.M)
-    assert re.search(r"^  model= +pretrained\|tiny$", TEXTS[command], re.M)  # as_policy is for rm.model alone
-    assert re.search(r"^  model@rm\.model= +as_policy\|pretrained\|tiny$", TEXTS[command], re.M)
+    models = group_choices("model")
+    assert re.search(rf"^  model@rm\.model= +{re.escape('|'.join(models))}$", TEXTS[command], re.M)
+    models.remove("as_policy")  # it is for rm.model alone
+    assert re.search(rf"^  model= +{re.escape('|'.join(models))}$", TEXTS[command], re.M)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -31,7 +31,9 @@ def test_a_run_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "a.png").touch()
     (tmp_path / "run.json").write_text(json.dumps(RECORD))
-    (tmp_path / "summary.json").write_text(json.dumps({"rm/accuracy": 0.71234567, "step": 100, "gold/mean": None}))
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"rm/accuracy": 0.71234567, "step": 100, "kl/k1": 0.0, "gold/mean": None})
+    )
     assert info(tmp_path) == 0
     said = lines(capsys.readouterr().out)
     for line in (
@@ -42,6 +44,7 @@ def test_a_run_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
         ["rm", "cache/rm", "(0123456789ab)"],
         ["rm/accuracy", "0.7123"],
         ["step", "100"],
+        ["kl/k1", "0"],
         ["gold/mean", "-"],
         ["plots/a.png"],
     ):

@@ -19,6 +19,7 @@ def test_figures_and_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
         (run / "plots" / name).touch()
     summary = {
         "loss": 0.123456,
+        "kl/k1": 0.0,
         "gold/mean": None,
         "parameters/total": 5,
         "samples": 9,
@@ -28,7 +29,7 @@ def test_figures_and_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     (run / "summary.json").write_text(json.dumps(summary))
     show_run(run)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    figures = [["loss", "0.1235"], ["gold/mean", "-"], ["step", "1.234e+04"]]
+    figures = [["loss", "0.1235"], ["kl/k1", "0"], ["gold/mean", "-"], ["step", "1.234e+04"]]
     assert lines == [*figures, ["run/model"], ["run/plots/a.png"], ["run/plots/b.png"]]
 
 

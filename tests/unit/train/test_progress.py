@@ -5,6 +5,7 @@ import re
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -253,3 +254,14 @@ def test_results_in_a_pipe_stay_there(monkeypatch: pytest.MonkeyPatch):
 def test_format_number(value: object, expected: str):
     assert format_number(value) == expected
     assert len(expected) <= 8
+
+
+def test_a_closed_log_file_among_the_handlers_is_no_trouble(tmp_path: Path):
+    closed = logging.FileHandler(tmp_path / "log")
+    closed.close()
+    logging.getLogger().addHandler(closed)
+    try:
+        with Progress(1, "x", [], Terminal()) as progress:
+            progress.update(1, {})
+    finally:
+        logging.getLogger().removeHandler(closed)
