@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.errors import RequestError
-from rlhf_cli.types import Example, Message, Preference, PreferenceBatch, Prompt, Sequences
+from rlhf_cli.types import Example, Message, PreferenceBatch, Prompt, Sequences
 
 _ROLE_NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
 
@@ -97,19 +97,6 @@ def encode_examples(
         )
         for example in examples
     ]
-
-
-def encode_pairs(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference], max_prompt: int, max_completion: int
-) -> tuple[list[TokenPair], list[TokenPair]]:
-    """Ids of the chosen and of the rejected rows."""
-    chosen = encode_examples(
-        tokenizer, [Example(pair.prompt, pair.chosen) for pair in pairs], max_prompt, max_completion
-    )
-    rejected = encode_examples(
-        tokenizer, [Example(pair.prompt, pair.rejected) for pair in pairs], max_prompt, max_completion
-    )
-    return chosen, rejected
 
 
 def collate(rows: Sequence[TokenPair], pad_id: int, side: str = "right", length: int | None = None) -> Sequences:

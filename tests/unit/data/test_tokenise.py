@@ -11,13 +11,12 @@ from rlhf_cli.data.tokenise import (
     collate_pairs,
     encode_completion,
     encode_examples,
-    encode_pairs,
     encode_prompt,
     plain_chat,
     render_prompt,
 )
 from rlhf_cli.errors import RequestError
-from rlhf_cli.types import Example, Message, Preference
+from rlhf_cli.types import Example, Message
 
 EOS = 1  # of byte_tokenizer
 MANY = 10_000
@@ -53,12 +52,6 @@ class TestText:
         rows = encode_examples(byte_tokenizer(), [Example("the film was go", "od .")], MANY, MANY)
         assert rows == [(ids_of("the film was go"), [*ids_of("od ."), EOS])]
         assert rows[0][0] + rows[0][1][:-1] != ids_of("the film was good .")
-
-    def test_pairs_share_their_prompt(self) -> None:
-        pairs = [Preference("the film ", "was good", "was slow"), Preference("a ", "plot", "story !")]
-        chosen, rejected = encode_pairs(byte_tokenizer(), pairs, MANY, MANY)
-        assert chosen == [(ids_of(p.prompt), [*ids_of(p.chosen), EOS]) for p in pairs]
-        assert rejected == [(ids_of(p.prompt), [*ids_of(p.rejected), EOS]) for p in pairs]
 
 
 class TestCompletion:
