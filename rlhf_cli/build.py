@@ -7,17 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_cli.algos.base import OnlineAlgorithm
-from rlhf_cli.algos.reinforce import Reinforce
-from rlhf_cli.algos.rloo import Rloo
+from rlhf_cli.algos.base import ActorCriticAlgorithm, Algorithm, ValueHead
 from rlhf_cli.config.schema import (
-    AlgoConfig,
     LoggerConfig,
-    ReinforceConfig,
-    RlooConfig,
     RmConfig,
     RmInit,
     RunConfig,
@@ -43,6 +37,9 @@ from rlhf_cli.data.settings import (
 from rlhf_cli.data.tldr import load_tldr
 from rlhf_cli.data.tokenise import plain_chat
 from rlhf_cli.errors import bad_value
+from rlhf_cli.models.adapters import Adapter
+from rlhf_cli.models.bottleneck import add_bottleneck
+from rlhf_cli.models.critic import Critic, SeparateCritic, SharedCritic
 from rlhf_cli.models.loading import (
     build_tiny,
     classifier_from_lm,
@@ -140,7 +137,7 @@ def backbone(
 
 def adapter(
     key: str, settings: PeftSettings, model: PreTrainedModel, base: str | None, seed: int
-) -> PeftModel | None:
+) -> Adapter | None:
     """The adapter that a stage trains; None where it trains all weights.
 
     Args:
@@ -152,7 +149,13 @@ def adapter(
     """
     if settings.name == "none" or base is None:
         return None
-    return add_lora(key, model, settings, base, derive_seed(seed, "lora"))
+    match settings.name:
+        case "lora":
+            return add_lora(key, model, settings, base, derive_seed(seed, "lora"))
+        case "adapter":
+            return add_bottleneck(key, model, settings, base, derive_seed(seed, "adapter"))
+        case _:
+            raise AssertionError(f"no adapter {settings.name}")
 
 
 def starts_from_sft(config: RunConfig) -> bool:
@@ -198,27 +201,14 @@ def new_reward_model(config: RunConfig, sft_path: str, device: torch.device) -> 
     )
 
 
-def algorithm(config: AlgoConfig) -> OnlineAlgorithm:
-    """The algorithm that `algo=` names."""
-    shared = {
-        "samples_per_prompt": config.k,
-        "beta": config.beta,
-        "on_policy": config.num_minibatches * config.num_epochs == 1,
-        "clip": config.clip,
-    }
-    match config:
-        case ReinforceConfig():
-            return Reinforce(
-                **shared,
-                baseline=config.baseline.value,
-                alpha=config.alpha,
-                bias_correction=config.bias_correction,
-                baseline_update=config.baseline_update.value,
-            )
-        case RlooConfig():
-            return Rloo(**shared)
-        case _:
-            raise AssertionError(f"no algorithm for {type(config).__name__}")
+def critic(algo: Algorithm, policy: PreTrainedModel, sft_path: str, seed: int) -> Critic | None:
+    """The critic that an algorithm asks for; None where it has no use for one."""
+    if not isinstance(algo, ActorCriticAlgorithm):
+        return None
+    if algo.value_head is ValueHead.shared:
+        return SharedCritic(policy)
+    backbone, _ = load_backbone_as_classifier("sft.path", sft_path, policy.device, derive_seed(seed, "critic"))
+    return SeparateCritic(backbone)
 
 
 def tracker(

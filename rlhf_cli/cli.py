@@ -58,7 +58,7 @@ def _register(command: str, summary: str) -> None:
 
 _register("train-sft", "Supervised fine-tuning: the model that every later stage starts from.")
 _register("train-rm", "Train a reward model on preference pairs.")
-_register("train-policy", "Train a policy against a reward model; builds the stages it needs.")
+_register("train-policy", "Train a policy against a reward model or on pairs; builds the stages it needs.")
 _register("eval", "Measure policies and reward models, with 95% intervals and differences to a reference.")
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -101,6 +101,19 @@ def replace_folder_atomic(tmp: Path, final: Path) -> None:
     tmp.rename(final)
     _sync_folder(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_folder_atomic(write: Callable[[Path], object], target: Path) -> None:
+    """Writes a folder so that `target` is always a whole one, the old or the new; raises OSError that names it."""
+    building = target.with_name(f".{target.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        with naming(target):
+            write(building)
+            replace_folder_atomic(building, target)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
 
 
 def sync_file(path: Path) -> None:

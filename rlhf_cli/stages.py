@@ -27,11 +27,12 @@ from rlhf_cli.errors import RequestError
 from rlhf_cli.files import LOCK_FILE, replace_folder_atomic
 from rlhf_cli.models.loading import resolve_path
 from rlhf_cli.models.settings import ModelSettings, PeftSettings
-from rlhf_cli.runs import Artifact, Job, train_rm, train_sft
-from rlhf_cli.train.distributed import World
+from rlhf_cli.runs.job import Artifact, Job
+from rlhf_cli.runs.reward import train_rm
+from rlhf_cli.runs.sft import train_sft
+from rlhf_cli.settings import TrainSettings
+from rlhf_cli.train.distributed import stop_if_asked
 from rlhf_cli.train.run_folder import RunFolder
-from rlhf_cli.train.settings import TrainSettings
-from rlhf_cli.train.stopping import STOP, StopRequested
 
 # Raised when a change of code changes an artifact for the same settings.
 SCHEMA_VERSION = 2  # 2: roles of a plain chat stand on lines of their own
@@ -186,7 +187,7 @@ def _cached(job: Job, key: StageKey, say: Say, train: Callable[[Path], None]) ->
                     train(building)
                 if world.is_main:
                     _put_in_place(building, folder, key)
-                _stop_if_asked(world)
+                stop_if_asked(world)
                 return artifact
     say(f"{key.stage}: reusing {folder} ({_description(folder)})")
     return artifact
@@ -195,13 +196,6 @@ def _cached(job: Job, key: StageKey, say: Say, train: Callable[[Path], None]) ->
 def _is_trained(building: Path) -> bool:
     run = RunFolder(building)
     return run.record_path.is_file() and run.record().status == "finished"
-
-
-def _stop_if_asked(world: World) -> None:
-    """A signal in a stage's last step lets the stage end, but not the next one begin. Waits for all processes."""
-    number = int(world.max([STOP.requested or 0])[0])
-    if number:
-        raise StopRequested(number)
 
 
 def _make_cache(cache: Path) -> None:
@@ -286,12 +280,14 @@ def _training(settings: TrainSettings) -> dict[str, Any]:
     values = asdict(settings)
     del values["samples_every"]  # decides what is written beside the weights, not the weights
     del values["gradient_checkpointing"]  # the same weights with less memory
+    if settings.warmup_steps is None:
+        del values["warmup_steps"]  # warmup_ratio decides, as it did before there was this key
     return values
 
 
 def _adapter(key: str, settings: PeftSettings, base: str | None) -> dict[str, Any]:
     """What an adapter adds to a key: nothing where there is none."""
-    return {} if settings.name == "none" or base is None else {key: asdict(settings)}
+    return {} if settings.name == "none" or base is None else {key: settings.used()}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

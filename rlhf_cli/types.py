@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # settings are read before torch is needed
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -128,20 +130,50 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Experience:
+    """What the samples of one optimizer batch came to: all that advantages are made of. Of all processes, on the CPU.
+
+    Figures of tokens are there for the algorithms that act token by token; column t belongs to the token at column
+    t + 1 of the ids, as in `ops.logprobs`.
+    """
+
+    reward: Tensor  # float32 [N], prompt-major, standardised, without the KL
+    shaped_reward: Tensor  # float32 [N], reward - beta * KL; equal to `reward` where the KL is in the loss
+    mask: Tensor | None = None  # bool [N, L-1], True = a completion token
+    token_reward: Tensor | None = None  # float32 [N, L-1], sums to the shaped reward
+    value: Tensor | None = None  # float32 [N, L-1], the critic's, of the state before the token
+
+    def __len__(self) -> int:
+        return self.reward.shape[0]
+
+
+@dataclass(frozen=True)
 class PolicyBatch:
     """What a policy-gradient loss needs for one optimizer step (or a micro-batch of it)."""
 
     sequences: Sequences  # N rows
     old_logprob: Tensor  # float32 [N], log-prob of the completion under the policy that sampled it
-    ref_logprob: Tensor  # float32 [N], the same under the reference policy
-    advantage: Tensor  # float32 [N], detached
+    ref_logprob: Tensor  # float32 [N], the same under what the KL is measured to: the reference, or an anchor
+    advantage: Tensor  # float32 [N], or [N, L-1] where every token is an action; detached
+    old_token_logprob: Tensor | None = None  # float32 [N, L-1]
+    old_value: Tensor | None = None  # float32 [N, L-1]
+    value_target: Tensor | None = None  # float32 [N, L-1]
 
     def __len__(self) -> int:
         return len(self.sequences)
 
     def __getitem__(self, rows: Tensor | slice) -> PolicyBatch:
+        def of_rows(column: Tensor | None) -> Tensor | None:
+            return None if column is None else column[rows]
+
         return PolicyBatch(
-            self.sequences[rows], self.old_logprob[rows], self.ref_logprob[rows], self.advantage[rows]
+            self.sequences[rows],
+            self.old_logprob[rows],
+            self.ref_logprob[rows],
+            self.advantage[rows],
+            of_rows(self.old_token_logprob),
+            of_rows(self.old_value),
+            of_rows(self.value_target),
         )
 
 

@@ -28,6 +28,7 @@ STAGES = {  # command and arguments
     "train-sft": ["train-sft", "sft.train.steps=60", "sft.train.eval_every=15"],
     "train-rm": ["train-rm", "rm.train.steps=40", "rm.train.eval_every=10"],
     "train-policy": ["train-policy", "algo=reinforce", "algo.train.steps=40", "algo.train.eval_every=10"],
+    "warp": ["train-policy", "algo=warp", "algo.T=10", "algo.train.eval_every=4"],
     "best-before-last": [  # the rate rises to the end, and the weights get worse and worse
         "train-sft",
         *(f"sft.train.{line}" for line in ("lr=10", "warmup_ratio=1", "select=best", "steps=30", "eval_every=3")),
@@ -142,7 +143,7 @@ class Check:
         if stamp(self.disturbed / "run.json") == record:
             return False  # what the start before left is only cleared away by the time the record is written
         if moment == "checkpoint":
-            return any(self.disturbed.glob("checkpoints/.*.building"))
+            return any(self.disturbed.glob("**/checkpoints/.*.building"))
         return count(self.disturbed / "metrics.jsonl") >= (self.num_rows if moment == "end" else target)
 
     def _check_kept(self, before: dict[str, bytes]) -> None:
@@ -162,8 +163,12 @@ class Check:
 
 
 def newest(folder: Path) -> int:
-    """Step of the newest checkpoint; 0 where there is none."""
-    return max((int(path.name.removeprefix("step-")) for path in folder.glob("checkpoints/step-*")), default=0)
+    """Step of the newest checkpoint, 0 where there is none; of a run of several members, over all of them."""
+    steps = max((int(path.name.removeprefix("step-")) for path in folder.glob("checkpoints/step-*")), default=0)
+    for member in folder.glob("members/*"):
+        end = member / "finished.json"
+        steps += json.loads(end.read_text(encoding="utf-8"))["step"] if end.exists() else newest(member)
+    return steps
 
 
 def kept(folder: Path) -> dict[str, bytes]:
@@ -204,7 +209,7 @@ def differences(reference: Path, disturbed: Path) -> list[str]:
         found.append("summary differs")
     if rows(reference / "samples.jsonl") != rows(disturbed / "samples.jsonl"):
         found.append("samples differ")
-    for name in ("model", "model_best", "model_last"):
+    for name in ("model", "model_best", "model_last", "front"):
         if weights(reference / name) != weights(disturbed / name):
             found.append(f"{name} differs")
     status = json.loads((disturbed / "run.json").read_text())["status"]

@@ -14,46 +14,74 @@ step of N = 1).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from rlhf_cli.algos.base import Advantages, BaselineState
+from rlhf_cli import ops
+from rlhf_cli.algos.base import Advantages, BaselineState, OnlineAlgorithm
 from rlhf_cli.algos.sequence_loss import sequence_policy_loss
-from rlhf_cli.ops.advantages import ema_baseline, ema_bias_correction, mean_baseline
-from rlhf_cli.types import LossOutput, PolicyBatch
+from rlhf_cli.errors import bad_value
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_cli.ops.logprobs import TokenLogprobs
+    from rlhf_cli.types import Experience, LossOutput, PolicyBatch
 
 
-@dataclass(frozen=True)
-class Reinforce:
-    """REINFORCE's hyperparameters and its two methods."""
+class BaselineForm(Enum):
+    """The moving baseline."""
 
-    samples_per_prompt: int = 1
-    beta: float = 0.1
-    baseline: str = "ema"  # ema | mean
+    ema = "ema"
+    mean = "mean"
+
+
+class BaselineUpdate(Enum):
+    """Whether the batch's own rewards are in the baseline that is subtracted from them."""
+
+    after = "after"
+    before = "before"
+
+
+@dataclass
+class Reinforce(OnlineAlgorithm):
+    """algo=reinforce."""
+
+    name: str = "reinforce"
+    baseline: BaselineForm = BaselineForm.ema
     alpha: float = 0.9  # how much of the old baseline stays (ema)
     bias_correction: bool = False  # ema only
-    baseline_update: str = "after"  # after | before
-    on_policy: bool = True
-    clip: float | None = None
+    baseline_update: BaselineUpdate = BaselineUpdate.after
 
-    def advantages(self, shaped_reward: Tensor, state: BaselineState) -> Advantages:
+    def check(self) -> None:
+        """Raises RequestError for impossible values."""
+        super().check()
+        self.check_clip_has_a_use()
+        if not 0.0 <= self.alpha < 1.0:
+            raise bad_value("algo.alpha", self.alpha, "a number from 0 to below 1")
+
+    def advantages(self, experience: Experience, state: BaselineState) -> Advantages:
         """R_i - b, with b updated once per optimizer batch; see the header for the order."""
-        after = self._updated(state, float(shaped_reward.mean()))
-        value = self._value(after if self.baseline_update == "before" else state)
-        return Advantages(shaped_reward - value, after, {"baseline": value})
+        reward = experience.shaped_reward
+        after = self._updated(state, float(reward.mean()))
+        value = self._value(after if self.baseline_update is BaselineUpdate.before else state)
+        return Advantages(reward - value, after, {"baseline": value})
 
-    def loss(self, logprob: Tensor, batch: PolicyBatch, normaliser: float) -> LossOutput:
+    def loss(
+        self, tokens: TokenLogprobs, value: Tensor | None, batch: PolicyBatch, normaliser: float
+    ) -> LossOutput:
         """See `sequence_policy_loss`."""
+        logprob = tokens.sequence_logprob()
         return sequence_policy_loss(logprob, batch, normaliser, on_policy=self.on_policy, clip=self.clip)
 
     def _updated(self, state: BaselineState, batch_mean: float) -> BaselineState:
-        if self.baseline == "ema":
-            value = ema_baseline(state.value, batch_mean, self.alpha)
+        if self.baseline is BaselineForm.ema:
+            value = ops.advantages.ema_baseline(state.value, batch_mean, self.alpha)
         else:
-            value = mean_baseline(state.value, batch_mean, state.num_updates)
+            value = ops.advantages.mean_baseline(state.value, batch_mean, state.num_updates)
         return BaselineState(value, state.num_updates + 1)
 
     def _value(self, state: BaselineState) -> float:
-        if self.baseline == "ema" and self.bias_correction:
-            return ema_bias_correction(state.value, self.alpha, state.num_updates)
+        if self.baseline is BaselineForm.ema and self.bias_correction:
+            return ops.advantages.ema_bias_correction(state.value, self.alpha, state.num_updates)
         return state.value

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from rlhf_cli.ops.policy_losses import clipped_fraction, ratio_loss, score_function_loss, sequence_ratio
+from rlhf_cli import ops
 from rlhf_cli.types import LossOutput, PolicyBatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def sequence_policy_loss(
@@ -20,17 +23,18 @@ def sequence_policy_loss(
         on_policy: True when every rollout serves exactly one optimizer step.
         clip: epsilon of the ratio's clip; None leaves it alone.
     """
+    losses = ops.policy_losses
     if on_policy:
-        loss = score_function_loss(logprob, batch.advantage, normaliser)
+        loss = losses.score_function_loss(logprob, batch.advantage, normaliser)
     else:
-        loss = ratio_loss(logprob, batch.old_logprob, batch.advantage, normaliser, clip)
-    ratio = sequence_ratio(logprob.detach(), batch.old_logprob)
+        loss = losses.ratio_loss(logprob, batch.old_logprob, batch.advantage, normaliser, clip)
+    ratio = losses.sequence_ratio(logprob.detach(), batch.old_logprob)
     share = len(batch) / normaliser
     return LossOutput(
         loss=loss,
         metrics={
             "ratio/mean": ratio.sum() / normaliser,
-            "ratio/clip_frac": clipped_fraction(ratio, batch.advantage, clip) * share,
+            "ratio/clip_frac": losses.clipped_fraction(ratio, batch.advantage, clip) * share,
         },
         maxima={"ratio/max": ratio.max()},
     )

@@ -24,11 +24,14 @@ from rlhf_cli.report.plots import FrontPoint, reward_bars, reward_vs_kl
 from rlhf_cli.report.tables import PolicyRow, policy_table
 from rlhf_cli.rewards.model import RewardModel, load_reward_model
 from rlhf_cli.rollout.engine import Sampling
-from rlhf_cli.runs import Artifact, Job
+from rlhf_cli.runs.job import Artifact, Job
 from rlhf_cli.stages import file_digest, resolve_rm, resolve_sft
 from rlhf_cli.train.recorder import RunRecorder, recorded_run
 from rlhf_cli.train.seeding import derive_seed
 from rlhf_cli.types import Example, Preference
+
+# Folders of a run that hold models of their own.
+_PARTS = ("front", "members", "iterations")
 
 # Pairs of a split that are looked at for what the caps cut.
 _COUNTED = 500
@@ -44,7 +47,7 @@ class _Subject:
 
     name: str
     path: str
-    upstream: Mapping[str, str]  # stage -> path, as its run.json has it
+    upstream: Mapping[str, Artifact]  # by stage, as its run.json has them
 
 
 def run_eval(config: RunConfig, context: Context) -> None:
@@ -53,7 +56,7 @@ def run_eval(config: RunConfig, context: Context) -> None:
     _check_split(job)
     subjects = _named([_subject(path) for path in config.policies])
     reference = _reference(job, subjects)
-    rm = _reward_model(job, subjects, reference)
+    rm = _reward_model(job, subjects)
     upstream = {"rm": rm} | ({"reference": reference} if reference else {})
     total = len(subjects) + (1 if subjects else 0) + 1
     with recorded_run(job.request("eval", config.seed, total, (), upstream)) as recorder:
@@ -142,14 +145,26 @@ def _check_split(job: Job) -> None:
 def _subject(path: str) -> _Subject:
     resolved = resolve_path("policies", path)
     folder = Path(path).expanduser()
+    inside = ""
+    if not (folder / "run.json").is_file() and (run := _run_around(folder.absolute())):
+        inside, folder = f"-{folder.absolute().name}", run
     record = folder / "run.json"
     if not record.is_file():
         return _Subject(folder.absolute().name, resolved, {})
     values = json.loads(record.read_text(encoding="utf-8"))
     upstream = {
-        stage: _upstream_path(folder, artifact["path"]) for stage, artifact in values.get("upstream", {}).items()
+        stage: Artifact(_upstream_path(folder, artifact["path"]), artifact["digest"])
+        for stage, artifact in values.get("upstream", {}).items()
     }
-    return _Subject(_run_name(folder, values), resolved, upstream)
+    return _Subject(_run_name(folder, values) + inside, resolved, upstream)
+
+
+def _run_around(folder: Path) -> Path | None:
+    """The run that a model in its front/, members/ or iterations/ belongs to; None for any other folder."""
+    for part in folder.parents[:3]:
+        if part.name in _PARTS and (part.parent / "run.json").is_file():
+            return part.parent
+    return None
 
 
 def _upstream_path(folder: Path, path: str) -> str:
@@ -190,22 +205,34 @@ def _reference(job: Job, subjects: Sequence[_Subject]) -> Artifact | None:
         return Artifact(path, file_digest(path))
     if not subjects:
         return None
-    path = subjects[0].upstream.get("sft")
-    if path is None:
+    sft = subjects[0].upstream.get("sft")
+    if sft is None:
         raise RequestError(
             f"reference.path=null: {subjects[0].path} does not say which SFT model it comes from; give one"
         )
-    path = resolve_path("reference.path", path)
+    path = resolve_path("reference.path", sft.path)
     return Artifact(path, file_digest(path))
 
 
-def _reward_model(job: Job, subjects: Sequence[_Subject], reference: Artifact | None) -> Artifact:
-    """The given reward model, the one behind the first policy, or one from the cache."""
-    if job.config.rm.path is None and subjects and "rm" in subjects[0].upstream:
-        path = resolve_path("rm.path", subjects[0].upstream["rm"])
-        say(f"rm: using {path} (behind {subjects[0].name})")
-        return Artifact(path, file_digest(path))
-    return resolve_rm(job, lambda: resolve_sft(job, say), say)
+def _reward_model(job: Job, subjects: Sequence[_Subject]) -> Artifact:
+    """The given reward model, the one behind a policy, or one from the cache: some policies have none behind them."""
+    if job.config.rm.path is None:
+        for subject in subjects:
+            if "rm" in subject.upstream:
+                path = resolve_path("rm.path", subject.upstream["rm"].path)
+                say(f"rm: using {path} (behind {subject.name})")
+                return Artifact(path, file_digest(path))
+    return resolve_rm(job, lambda: _sft(job, subjects), say)
+
+
+def _sft(job: Job, subjects: Sequence[_Subject]) -> Artifact:
+    """The SFT model that a reward model is built on: the given one, the first policy's, or one from the cache."""
+    if job.config.sft.path is None and subjects and "sft" in subjects[0].upstream:
+        sft = subjects[0].upstream["sft"]
+        path = resolve_path("sft.path", sft.path)
+        say(f"sft: using {path} (behind {subjects[0].name})")
+        return Artifact(path, sft.digest)  # the digest that reward models on it are known by
+    return resolve_sft(job, say)
 
 
 def _flat_summary(table: Mapping[str, Cells], pairs: Mapping[str, Estimate]) -> dict[str, float]:

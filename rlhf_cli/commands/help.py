@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_GROUPS = (
+# Of `--help` and `info`; group@place has a place of its own.
+GROUPS = (
     "algo",
     "rm",
     "data",
@@ -32,6 +33,7 @@ _KEYS = {
     "train-policy": (
         ("algo.k, algo.beta", "samples per prompt, weight of the KL"),
         ("algo.train.steps, algo.train.lr", "how long, how fast"),
+        ("kl.placement, kl.estimator", "the KL in the reward (k1) or in the loss (k2)"),
         ("sft.path, rm.path", "use these models instead of building them"),
     ),
     "eval": (
@@ -54,7 +56,8 @@ _EXAMPLES = {
     ),
     "train-policy": (
         "rlhf train-policy algo=rloo",
-        "rlhf train-policy algo=reinforce algo.beta=0.1 logger=wandb",
+        "rlhf train-policy algo=warp algo.T=50 logger=wandb",
+        "rlhf train-policy algo=dpo data=jsonl data.path=pairs.jsonl",
         "rlhf train-policy -m algo=reinforce,rloo seed=0,1",
     ),
     "eval": (
@@ -96,7 +99,7 @@ def command_help(command: str, summary: str) -> str:
         [
             summary,
             "Arguments are Hydra overrides (key=value, group=choice) and Hydra flags (-m, --cfg job, ...).",
-            _block("Config groups:", [(f"{g}=", "|".join(_choices(g))) for g in _GROUPS]),
+            _block("Config groups:", [(f"{g}=", "|".join(usable_choices(g))) for g in GROUPS]),
             _block("Keys most used:", [*_KEYS[command], *_COMMON_KEYS]),
             "All keys with their values: " + f"rlhf {command} --cfg job",
             _block("Examples:", [(example, "") for example in _EXAMPLES[command]]),
@@ -121,7 +124,8 @@ def sweep_help() -> str:
     )
 
 
-def _choices(group: str) -> list[str]:
+def usable_choices(group: str) -> list[str]:
+    """Those that make sense at the group's own place."""
     hidden = {"model": {"as_policy", "distilbert"}, "peft": {"as_policy"}}.get(group, set())
     return [choice for choice in group_choices(group) if choice not in hidden]
 

@@ -11,13 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_cli.commands.help import conf_path, group_choices
+from rlhf_cli.commands.help import GROUPS, conf_path, usable_choices
 from rlhf_cli.commands.job import ERROR_FILE
-from rlhf_cli.commands.show import display_path
+from rlhf_cli.commands.show import OF_PARTS, display_path, front_table, shown
 from rlhf_cli.errors import RequestError
 from rlhf_cli.train.provenance import versions
-
-_GROUPS = ("algo", "rm", "data", "model", "precision", "logger", "experiment")
 
 
 def info(path: Path | None) -> int:
@@ -59,8 +57,8 @@ def _installation(console: Console) -> None:
     table.add_row("devices", ", ".join(_devices()))
     table.add_row("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores")
     table.add_row("config", str(conf_path()))
-    for group in _GROUPS:
-        table.add_row(f"{group}=", ", ".join(group_choices(group)))
+    for group in GROUPS:
+        table.add_row(f"{group}=", ", ".join(usable_choices(group)))
     cached = sorted(Path("outputs/cache").glob("*/stage.json"))
     table.add_row("cached stages", ", ".join(file.parent.name for file in cached) or "none in outputs/cache")
     console.print(table)
@@ -90,8 +88,11 @@ def _run(console: Console, path: Path, record: dict[str, Any], summary: dict[str
     if summary:
         figures = _table()
         for key, value in summary.items():
-            figures.add_row(key, "-" if value is None else f"{value:.4g}")
+            if not key.startswith(OF_PARTS):
+                figures.add_row(key, shown(value))
         console.print(figures)
+        if front := front_table(summary):
+            console.print(front)
     for file in sorted(path.rglob("*.png")):
         console.print(str(display_path(file)), markup=False, soft_wrap=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,23 @@ from rlhf_cli.commands.launch import FAILED, OK, WRONG_REQUEST, launch_into
 from rlhf_cli.commands.show import display_path
 from rlhf_cli.errors import bad_choice
 from rlhf_cli.evaluation.statistics import Estimate, mean_interval_over_seeds
-from rlhf_cli.report.plots import SweepGroup, sweep_reward_vs_kl
+from rlhf_cli.report.plots import FrontPoint, SweepGroup, reward_vs_kl, sweep_reward_vs_kl
 from rlhf_cli.report.tables import sweep_table, write_csv
 
 COMMANDS = ("train-sft", "train-rm", "train-policy", "eval")
 
 # Shown in the table, where a job's summary has them; sweep.csv has every figure.
-_SHOWN = ("reward/mean", "gold/mean", "kl/full", "length/mean", "rm/accuracy", "loss", "perplexity")
+_SHOWN = (
+    "reward/mean",
+    "gold/mean",
+    "kl/full",
+    "length/mean",
+    "dpo/accuracy",
+    "samples_generated",
+    "rm/accuracy",
+    "loss",
+    "perplexity",
+)
 
 
 @dataclass(frozen=True)
@@ -62,9 +73,9 @@ def collect(folder: Path) -> int:
     metrics = list(dict.fromkeys(name for job in jobs for name in job.summary))
     rows = [_row(job, keys, metrics) for job in jobs]
     write_csv(folder / "sweep.csv", rows, ["job", *keys, "seed", "status", *metrics, "error"])
-    groups = grouped(jobs, keys, metrics)
+    groups = grouped(jobs, keys, [metric for metric in metrics if not _is_end_of_interval(metric, metrics)])
     write_csv(folder / "summary.csv", groups)
-    shown = [metric for metric in _SHOWN if metric in metrics]
+    shown = [metric for metric in _SHOWN if metric in metrics and _says_something(metric, jobs)]
     labels = [key for key in keys if key != "seed"]
     console = Console(highlight=False)
     console.print(
@@ -85,6 +96,8 @@ def collect(folder: Path) -> int:
     paths = [folder / "sweep.csv", folder / "summary.csv"]
     if plot := _plot(folder, jobs, labels, groups):
         paths.append(plot)
+    if front := _front_plot(folder, jobs, keys):
+        paths.append(front)
     for path in paths:
         console.print(str(display_path(path)), markup=False, soft_wrap=True)
     failed = [job for job in jobs if job.status != "finished"]
@@ -95,6 +108,16 @@ def collect(folder: Path) -> int:
             soft_wrap=True,
         )
     return FAILED if failed else OK
+
+
+def _says_something(metric: str, jobs: Sequence[JobRow]) -> bool:
+    """A budget is shown where the jobs do not have the same one."""
+    return metric != "samples_generated" or len({job.summary.get(metric) for job in jobs if job.summary}) > 1
+
+
+def _is_end_of_interval(metric: str, metrics: Sequence[str]) -> bool:
+    """A run's interval over its prompts; a group has one over its seeds, under the same names."""
+    return metric.endswith(("_lo", "_hi")) and metric[:-3] in metrics
 
 
 def read_jobs(folder: Path) -> list[JobRow]:
@@ -152,7 +175,7 @@ def _plot(
         seeds = [job.summary for job in inside if all(job.summary.get(name) is not None for name in shown)]
         points.append(
             SweepGroup(
-                label=", ".join(f"{key.rpartition('.')[2]}={group[key]}" for key in labels) or "all",
+                label=_label(group, labels),
                 kl=kl,
                 reward=reward,
                 gold=gold if isinstance(gold, Estimate) else None,
@@ -166,6 +189,45 @@ def _plot(
     path = folder / "plots" / "reward_kl.png"
     sweep_reward_vs_kl(path, points)
     return path
+
+
+def _front_plot(folder: Path, jobs: Sequence[JobRow], keys: Sequence[str]) -> Path | None:
+    """The output fronts of WARP runs: a line for each combination of the swept keys, means over seeds."""
+    points = []
+    for labels, members in _groups(jobs, keys).items():
+        name = _label(dict(labels), [key for key, _ in labels])
+        for eta in _etas(members):
+            at = {
+                figure: _over_seeds_with_own_interval(members, f"front/eta-{eta:g}/{figure}")
+                for figure in ("kl/full", "reward/mean", "gold/mean")
+            }
+            kl, reward = at["kl/full"], at["reward/mean"]
+            if kl is not None and reward is not None:
+                points.append(FrontPoint(name, f"{eta:g}", kl, reward, at["gold/mean"]))
+    if not points:
+        return None
+    path = folder / "plots" / "front.png"
+    reward_vs_kl(path, points, "From the SFT model to the merged one, by eta, 95% intervals")
+    return path
+
+
+def _etas(jobs: Sequence[JobRow]) -> list[float]:
+    """The points of the fronts, in order."""
+    names = {key.split("/")[1] for job in jobs for key in job.summary if key.startswith("front/")}
+    return sorted(float(name.removeprefix("eta-")) for name in names)
+
+
+def _over_seeds_with_own_interval(jobs: Sequence[JobRow], metric: str) -> Estimate | None:
+    """Mean over seeds; of one run its own interval, over prompts."""
+    found = over_seeds(jobs, metric)
+    if found is None or found.n > 1:
+        return found
+    ends = (over_seeds(jobs, f"{metric}{end}") for end in ("_lo", "_hi"))
+    return Estimate(found.value, *(math.nan if end is None else end.value for end in ends), found.n)
+
+
+def _label(group: Mapping[str, object], keys: Sequence[str]) -> str:
+    return ", ".join(f"{key.rpartition('.')[2]}={group[key]}" for key in keys if key != "seed") or "all"
 
 
 def _row(job: JobRow, keys: Sequence[str], metrics: Sequence[str]) -> dict[str, object]:

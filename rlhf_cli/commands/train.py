@@ -5,12 +5,19 @@ from __future__ import annotations
 import sys
 
 from rlhf_cli import build
+from rlhf_cli.algos.preference import PreferenceAlgorithm
+from rlhf_cli.algos.warp import Warp
 from rlhf_cli.commands.context import Context
 from rlhf_cli.commands.show import show_run
 from rlhf_cli.config.schema import Resume, RunConfig
 from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.errors import RequestError
-from rlhf_cli.runs import Job, train_policy, train_rm, train_sft
+from rlhf_cli.runs.job import Artifact, Job
+from rlhf_cli.runs.policy import train_policy
+from rlhf_cli.runs.preference import train_on_pairs
+from rlhf_cli.runs.reward import train_rm
+from rlhf_cli.runs.sft import train_sft
+from rlhf_cli.runs.warp import train_warp
 from rlhf_cli.stages import resolve_rm, resolve_sft
 from rlhf_cli.train.distributed import World, current
 from rlhf_cli.train.seeding import deterministic, set_threads
@@ -43,16 +50,19 @@ def _rows(config: RunConfig, world: World) -> Dataset:
     def read() -> None:
         found.append(build.dataset(config.data, config.algo.eval_prompts))
         if world.size > 1 and config.command != "train-sft":
-            _check_shares(found[0], config.command, world.size)
+            _check_shares(found[0], config, world.size)
 
     world.from_main(read)
     return found[0] if found else build.dataset(config.data, config.algo.eval_prompts)
 
 
-def _check_shares(data: Dataset, command: str, num_processes: int) -> None:
+def _check_shares(data: Dataset, config: RunConfig, num_processes: int) -> None:
     """Raises RequestError where there are fewer prompts than processes."""
-    counts = {"training prompts": len(data.prompts)}
-    if command == "train-policy":
+    counts: dict[str, int] = {}
+    is_policy = config.command == "train-policy"
+    if not (is_policy and config.learns_from_pairs()):
+        counts["training prompts"] = len(data.prompts)
+    if is_policy and not config.learns_from_pairs():
         counts["validation prompts"] = len(data.prompts_validation)
     for name, count in counts.items():
         if count < num_processes:
@@ -71,9 +81,23 @@ def run_train(config: RunConfig, context: Context) -> None:
             train_rm(job, config.seed, resolve_sft(job, say))
         case "train-policy":
             sft = resolve_sft(job, say)
-            train_policy(job, config.seed, sft, resolve_rm(job, lambda: sft, say))
+            rm = resolve_rm(job, lambda: sft, say) if config.needs_rm() else None
+            _train_policy(job, sft, rm)
     if job.world.is_main:
         show_run(context.folder)
+
+
+def _train_policy(job: Job, sft: Artifact, rm: Artifact | None) -> None:
+    """By the kind of algorithm: from pairs, from samples, or members that are merged."""
+    algorithm, seed = job.config.algo, job.config.seed
+    if isinstance(algorithm, PreferenceAlgorithm):
+        train_on_pairs(job, seed, sft, rm)
+        return
+    assert rm is not None, "samples have no labels but a reward"
+    if isinstance(algorithm, Warp):
+        train_warp(job, seed, sft, rm)
+    else:
+        train_policy(job, seed, sft, rm)
 
 
 def say(text: str) -> None:

@@ -92,6 +92,11 @@ def _hydra(message: str, overrides: Sequence[str]) -> RequestError:
     group = re.match(r"Could not override '([^']+)'\. No match in the defaults list", line)
     if group:
         return RequestError(f"{group.group(1)}: unknown config group")
+    key = re.match(r"In '(?:.*/)?(\w+)/([^/']+)': .*Key '.*' not in .* full_key: ((\w+)\.\S+)", line)
+    if key:
+        file, choice, name, node = key.groups()
+        chosen = _pair(node, _given_value(node, overrides))
+        return RequestError(f"{file}={choice}: sets {name}, which {chosen} does not have; they cannot be combined")
     return RequestError(line)
 
 

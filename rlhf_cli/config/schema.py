@@ -16,7 +16,7 @@ from omegaconf import MISSING
 
 from rlhf_cli.errors import RequestError, bad_value
 from rlhf_cli.models.settings import ModelSettings, PeftSettings
-from rlhf_cli.train.settings import CheckpointSettings, TrainSettings
+from rlhf_cli.settings import CheckpointSettings, KlSettings, TrainSettings
 
 
 class Device(Enum):
@@ -35,20 +35,6 @@ class PrecisionName(Enum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
-
-
-class BaselineForm(Enum):
-    """REINFORCE's moving baseline."""
-
-    ema = "ema"
-    mean = "mean"
-
-
-class BaselineUpdate(Enum):
-    """Whether the batch's own rewards are in the baseline that is subtracted from them."""
-
-    after = "after"
-    before = "before"
 
 
 class RmInit(Enum):
@@ -109,6 +95,7 @@ class RmConfig:
     use_margin: bool = False
     standardize: Standardize = Standardize.sft_samples
     standardize_samples: int = 256
+    noise: float = 0.0
     model: ModelSettings = field(default_factory=ModelSettings)
     peft: PeftSettings = field(default_factory=PeftSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
@@ -119,74 +106,10 @@ class RmConfig:
         self.peft.check("rm.peft")
         if self.standardize_samples < 2:
             raise bad_value("rm.standardize_samples", self.standardize_samples, "a whole number >= 2")
+        if not (math.isfinite(self.noise) and self.noise >= 0):
+            raise bad_value("rm.noise", self.noise, "a number >= 0")
         self.model.check("rm.model")
         self.train.check("rm.train")
-
-
-@dataclass
-class AlgoConfig:
-    """Group `algo`: what every online algorithm has."""
-
-    name: str = ""
-    k: int = 1
-    beta: float = 0.1
-    num_minibatches: int = 1
-    num_epochs: int = 1
-    clip: float | None = None
-    eval_prompts: int = 100
-    train: TrainSettings = field(default_factory=TrainSettings)
-
-    def check(self) -> None:
-        """Raises RequestError for impossible values."""
-        for key in ("k", "num_minibatches", "num_epochs", "eval_prompts"):
-            if getattr(self, key) < 1:
-                raise bad_value(f"algo.{key}", getattr(self, key), "a whole number >= 1")
-        if not (math.isfinite(self.beta) and self.beta >= 0):
-            raise bad_value("algo.beta", self.beta, "a number >= 0")
-        if self.clip is not None and not 0 < self.clip < 1:
-            raise bad_value("algo.clip", self.clip, "a number above 0 and below 1, or null")
-        if self.clip is not None and self.num_minibatches * self.num_epochs == 1:
-            raise bad_value(
-                "algo.clip", self.clip, "null, because with one step per rollout the ratio is always 1"
-            )
-        self.train.check("algo.train")
-        if self.train.steps is None:
-            raise bad_value("algo.train.steps", None, "a whole number >= 1")
-        if self.train.batch_size % self.k:
-            raise bad_value(
-                "algo.train.batch_size",
-                self.train.batch_size,
-                f"a multiple of algo.k={self.k} (samples per step)",
-            )
-
-
-@dataclass
-class ReinforceConfig(AlgoConfig):
-    """algo=reinforce."""
-
-    baseline: BaselineForm = BaselineForm.ema
-    alpha: float = 0.9
-    bias_correction: bool = False
-    baseline_update: BaselineUpdate = BaselineUpdate.after
-
-    def check(self) -> None:
-        """Raises RequestError for impossible values."""
-        super().check()
-        if not 0.0 <= self.alpha < 1.0:
-            raise bad_value("algo.alpha", self.alpha, "a number from 0 to below 1")
-
-
-@dataclass
-class RlooConfig(AlgoConfig):
-    """algo=rloo."""
-
-    k: int = 4
-
-    def check(self) -> None:
-        """Raises RequestError for impossible values."""
-        if self.k < 2:
-            raise bad_value("algo.k", self.k, "at least 2: RLOO's baseline is the mean of the other samples")
-        super().check()
 
 
 @dataclass
@@ -285,6 +208,7 @@ class RunConfig:
     peft: PeftSettings = field(default_factory=PeftSettings)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     logger: Any = MISSING
+    kl: KlSettings = field(default_factory=KlSettings)
     sft: SftConfig = field(default_factory=SftConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -312,6 +236,12 @@ class RunConfig:
         self.sft.check()
         self.rm.check()
         self.algo.check()
+        self.algo.check_others(self.kl, self.peft.name)
+        if self.command == "train-policy":
+            self.algo.check_data(self.data.name, self.data.pairs_share_prompt, self.data.has_gold)
+            if self.rm.noise and not self.needs_rm():
+                why = f"because algo={self.algo.name} asks no reward model here"
+                raise bad_value("rm.noise", self.rm.noise, f"0, {why}")
         self.rollout.check()
         self.eval.check()
         self.checkpoint.check("checkpoint")
@@ -325,6 +255,14 @@ class RunConfig:
         if not self.stages.auto:
             self._check_paths()
 
+    def needs_rm(self) -> bool:
+        """Whether the policy's algorithm asks for a reward model."""
+        return bool(self.algo.needs_reward_model(self.data.pairs_share_prompt))
+
+    def learns_from_pairs(self) -> bool:
+        """Whether the policy's algorithm trains on the data's pairs."""
+        return bool(self.algo.learns_from_pairs(self.data.pairs_share_prompt))
+
     def check_processes(self, num_processes: int) -> None:
         """Raises RequestError where a batch cannot be shared by the processes that torchrun starts."""
         if num_processes == 1:
@@ -333,9 +271,11 @@ class RunConfig:
             raise RequestError(f"eval runs in one process, not in {num_processes}: start it without torchrun")
         shares: dict[str, tuple[int, int]] = {}
         if self.command == "train-policy":
-            shares["algo.train.batch_size"] = (self.algo.train.batch_size, self.algo.k)
-            shares["algo.eval_prompts"] = (self.algo.eval_prompts, 1)
-        if self.command == "train-rm" or (self.command == "train-policy" and self.rm.path is None):
+            counts = self.algo.shared_counts(self.data.pairs_share_prompt)
+            shares |= {f"algo.{key}": value for key, value in counts.items()}
+        if self.command == "train-rm" or (
+            self.command == "train-policy" and self.rm.path is None and self.needs_rm()
+        ):
             shares["rm.train.batch_size"] = (self.rm.train.batch_size, 1)
             shares["rm.standardize_samples"] = (self.rm.standardize_samples, 1)
         if self.command == "train-sft" or self.sft.path is None:
@@ -378,7 +318,7 @@ class RunConfig:
         """The backbones that this command trains a model from; those of given models are not looked at."""
         measures_rm = self.command == "eval" and not self.policies  # else the one behind the first policy
         trains_rm = self.command == "train-rm" or (
-            self.rm.path is None and (measures_rm or self.command == "train-policy")
+            self.rm.path is None and (measures_rm or (self.command == "train-policy" and self.needs_rm()))
         )
         trains_sft = self.command == "train-sft" or (
             self.sft.path is None and (trains_rm or self.command == "train-policy")
@@ -391,7 +331,8 @@ class RunConfig:
 
     def _check_paths(self) -> None:
         measures_rm = () if self.policies else ("rm",)  # else the one behind the first policy
-        needs = {"train-sft": (), "train-rm": ("sft",), "train-policy": ("sft", "rm"), "eval": measures_rm}
+        policy = ("sft", "rm") if self.command == "train-policy" and self.needs_rm() else ("sft",)
+        needs = {"train-sft": (), "train-rm": ("sft",), "train-policy": policy, "eval": measures_rm}
         for stage in needs[self.command]:
             if getattr(self, stage).path is None:
                 raise RequestError(

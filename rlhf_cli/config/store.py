@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hydra.core.config_store import ConfigStore
 
+from rlhf_cli.algos.registry import algorithms
 from rlhf_cli.config import schema
 from rlhf_cli.data.settings import (
     HelpSteer2Settings,
@@ -18,7 +19,7 @@ from rlhf_cli.models.settings import ModelSettings, PeftSettings
 
 _SCHEMAS: dict[str, dict[str, type]] = {
     "schema": {"run": schema.RunConfig},
-    "schema/algo": {"reinforce": schema.ReinforceConfig, "rloo": schema.RlooConfig},
+    "schema/algo": dict(algorithms()),
     "schema/rm": {"scalar": schema.RmConfig},
     "schema/data": {
         "reviews": ReviewsSettings,

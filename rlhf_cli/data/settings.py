@@ -18,6 +18,8 @@ class DataSettings:
     """What every source has."""
 
     evaluation_only: ClassVar[bool] = False  # True where a source has no rows to train on
+    pairs_share_prompt: ClassVar[bool] = True  # False where the two texts of a pair continue nothing in common
+    has_gold: ClassVar[bool] = False  # True where the source knows the true reward of any text
 
     name: str = ""
     max_prompt_tokens: int = 512  # longer prompts lose their beginning
@@ -38,6 +40,8 @@ class DataSettings:
 @dataclass
 class ReviewsSettings(DataSettings):
     """The embedded corpus; see `rlhf_cli.data.reviews`."""
+
+    has_gold: ClassVar[bool] = True
 
     seed: int = 0  # of the corpus itself
     num_sft: int = 4000
@@ -195,6 +199,8 @@ class RewardBenchSettings(ChatSettings):
 @dataclass
 class ImdbSettings(SourceSettings):
     """See `rlhf_cli.data.imdb`."""
+
+    pairs_share_prompt: ClassVar[bool] = False
 
     name: str = "imdb"
     max_validation: int | None = None  # not read: pairs are as many as num_validation_pairs

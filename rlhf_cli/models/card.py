@@ -29,7 +29,7 @@ _INTRODUCTIONS = {
         "A reward model: a sequence classifier with one label, whose logit is the score of prompt and completion "
         "together. Its text format and the scale of its scores are in config.json under `rlhf_reward`."
     ),
-    "policy": "A language model trained against a reward model.",
+    "policy": "A language model trained from preferences: against a reward model, or on pairs.",
 }
 _TASKS = {"sft": "text-generation", "reward-model": "text-classification", "policy": "text-generation"}
 
@@ -70,11 +70,17 @@ def config_digest(settings: Mapping[str, object]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
+def _introduction(card: Card) -> str:
+    if card.stage == "policy" and card.upstream and "rm" not in card.upstream:
+        return "A language model trained on preference pairs, without a reward model."
+    return _INTRODUCTIONS[card.stage]
+
+
 def card_text(card: Card) -> str:
     """The card as Markdown after a YAML block."""
     parts = [
         f"# {_code(card.name)}",
-        _INTRODUCTIONS[card.stage],
+        _introduction(card),
         _list(_facts(card)),
         "## Final figures" if card.metrics else "",
         _table("metric", "value", ((key, _number(value)) for key, value in sorted(card.metrics.items()))),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_cli.models.positions import check_length, token_positions
 from rlhf_cli.ops.kl import full_kl
-from rlhf_cli.ops.logprobs import TokenLogprobs, completion_logprobs
+from rlhf_cli.ops.logprobs import TokenLogprobs, completion_logprobs, joined
 from rlhf_cli.types import Sequences
 
 
@@ -21,8 +21,8 @@ class LanguageModel(Protocol):
         ...
 
 
-def sequence_logits(model: LanguageModel, sequences: Sequences) -> Tensor:
-    """Logits of every position, [N, L, V]; positions count real tokens, so padding changes nothing.
+def forward(model: LanguageModel, sequences: Sequences, **options: Any) -> Any:
+    """The model's answer to whole rows; positions count real tokens, so padding changes nothing.
 
     Raises:
         RequestError: a row has more tokens than the model has positions.
@@ -33,7 +33,13 @@ def sequence_logits(model: LanguageModel, sequences: Sequences) -> Tensor:
         attention_mask=sequences.attention_mask.long(),
         position_ids=token_positions(sequences.attention_mask),
         use_cache=False,
-    ).logits
+        **options,
+    )
+
+
+def sequence_logits(model: LanguageModel, sequences: Sequences) -> Tensor:
+    """Logits of every position, [N, L, V]. Raises RequestError as `forward` does."""
+    return forward(model, sequences).logits
 
 
 def token_logprobs(model: LanguageModel, sequences: Sequences, temperature: float = 1.0) -> TokenLogprobs:
@@ -57,12 +63,21 @@ def sequence_logprobs(
     Returns:
         log-prob float32 [N]; mean entropy per completion token float32 [N], nats.
     """
-    logprobs, entropies = [], []
-    for start in range(0, len(sequences), micro_batch_size):
-        tokens = token_logprobs(model, sequences[start : start + micro_batch_size], temperature)
-        logprobs.append(tokens.sequence_logprob())
-        entropies.append(tokens.entropy.sum(-1) / tokens.mask.sum(-1).clamp(min=1))
-    return torch.cat(logprobs), torch.cat(entropies)
+    tokens = frozen_logprobs(model, sequences, temperature, micro_batch_size)
+    return tokens.sequence_logprob(), tokens.mean_entropy()
+
+
+@torch.no_grad()
+def frozen_logprobs(
+    model: LanguageModel, sequences: Sequences, temperature: float, micro_batch_size: int
+) -> TokenLogprobs:
+    """`token_logprobs` of N rows without gradient, `micro_batch_size` at a time."""
+    return joined(
+        [
+            token_logprobs(model, sequences[start : start + micro_batch_size], temperature)
+            for start in range(0, len(sequences), micro_batch_size)
+        ]
+    )
 
 
 @torch.no_grad()

@@ -204,7 +204,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
-    """Trainable and total parameters; tied weights count once."""
+    """Trainable and total parameters of what the model computes with; tied weights count once."""
     parameters = list(model.parameters())
     return {
         "parameters/trainable": sum(p.numel() for p in parameters if p.requires_grad),

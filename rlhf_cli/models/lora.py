@@ -8,25 +8,42 @@ anything else) loads it without PEFT and adds an adapter of its own; the adapter
 
 from __future__ import annotations
 
-import copy
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from rlhf_cli.errors import bad_value
-from rlhf_cli.models.loading import save_model
+from rlhf_cli.models.adapters import WithoutAdapter, copy_on_cpu, portable
 from rlhf_cli.models.settings import PeftSettings
 
-# Inside a saved model's folder: what PEFT loads on top of the base.
-ADAPTER_FOLDER = "adapter"
+
+class Lora:
+    """The adapter of a model; see `Adapter`."""
+
+    def __init__(self, handle: PeftModel) -> None:
+        self.handle = handle  # PEFT's own
+
+    def merged(self) -> PreTrainedModel:
+        """A copy of the model, on the CPU, with the adapter added into its weights; the original stays as it is."""
+        # Not merged in place and taken out again: W + BA - BA is not W to the bit.
+        whole: PreTrainedModel = copy_on_cpu(self.handle).merge_and_unload()
+        return whole
+
+    def off(self) -> WithoutAdapter:
+        """The model without its adapter, and without gradient."""
+        return WithoutAdapter(self.handle.get_base_model(), self.handle.disable_adapter)
+
+    def save(self, folder: Path) -> None:
+        """Writes the adapter alone, as PEFT loads it."""
+        self.handle.save_pretrained(str(folder), save_embedding_layers=False)
 
 
-def add_lora(key: str, model: PreTrainedModel, settings: PeftSettings, base: str, seed: int) -> PeftModel:
+def add_lora(key: str, model: PreTrainedModel, settings: PeftSettings, base: str, seed: int) -> Lora:
     """Puts an adapter into `model`, in place, and freezes the rest; a classifier's head stays trainable.
 
     Args:
@@ -37,7 +54,7 @@ def add_lora(key: str, model: PreTrainedModel, settings: PeftSettings, base: str
         seed: the adapter's weights are a function of it.
 
     Returns:
-        PEFT's handle on the adapter; `model` itself goes on being what is called and trained.
+        The adapter; `model` itself goes on being what is called and trained.
 
     Raises:
         RequestError: the model has no layer of a name in `target_modules`.
@@ -68,8 +85,8 @@ def add_lora(key: str, model: PreTrainedModel, settings: PeftSettings, base: str
     for name, parameter in model.named_parameters():
         if not is_language_model and not name.startswith(backbone):
             parameter.requires_grad_(True)
-    handle.peft_config["default"].base_model_name_or_path = _portable(base)
-    return handle
+    handle.peft_config["default"].base_model_name_or_path = portable(base)
+    return Lora(handle)
 
 
 def _refuse_tied(key: str, model: PreTrainedModel, settings: PeftSettings) -> None:
@@ -84,47 +101,26 @@ def _refuse_tied(key: str, model: PreTrainedModel, settings: PeftSettings) -> No
                 )
 
 
-def merged(handle: PeftModel) -> PreTrainedModel:
-    """A copy of the model, on the CPU, with the adapter added into its weights; the original stays as it is."""
-    # Not merged in place and taken out again: W + BA - BA is not W to the bit. On the CPU, because a model that fits
-    # its device thanks to the adapter may not fit there twice.
-    memo: dict[int, Any] = {}
-    for tensor in (*handle.parameters(), *handle.buffers()):
-        twin = tensor.detach().to("cpu", copy=True)
-        memo[id(tensor)] = (
-            torch.nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else twin
-        )
-    whole: PreTrainedModel = copy.deepcopy(handle, memo).merge_and_unload()
-    return whole
+@torch.no_grad()
+def plain_weights(model: PreTrainedModel, adapter: Lora | None) -> dict[str, Tensor]:
+    """The model's parameters under the names of a plain model, an adapter added into the matrices it is on.
 
-
-def save_trained(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, adapter: PeftModel | None
-) -> None:
-    """Writes a plain Hugging Face folder; an adapter is merged into it, and lies in adapter/ as PEFT loads it."""
-    save_model(model if adapter is None else merged(adapter), tokenizer, folder)
-    if adapter is not None:
-        adapter.save_pretrained(str(folder / ADAPTER_FOLDER), save_embedding_layers=False)
-
-
-class WithoutAdapter:
-    """The model with its adapter off: the reference of a policy, without a second copy of the weights."""
-
-    def __init__(self, handle: PeftModel) -> None:
-        self._handle = handle
-        self._model = handle.get_base_model()
-
-    def __call__(self, **inputs: Any) -> Any:
-        """A forward pass without gradient."""
-        with torch.no_grad(), self._handle.disable_adapter():
-            return self._model(**inputs)
+    What an average of weights is made of: that of A and B on their own would not be that of B A.
+    """
+    if adapter is None:
+        return dict(model.named_parameters())
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    weights = {}
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".base_layer.")
+        if owner in adapted:
+            delta = adapted[owner].get_delta_weight("default") if leaf == "weight" else 0.0
+            weights[f"{owner}.{leaf}"] = parameter + delta
+        elif not any(name.startswith(f"{place}.") for place in adapted):
+            weights[name] = parameter
+    return weights
 
 
 def _is_transposed(model: PreTrainedModel) -> bool:
     """GPT-2 keeps its matrices transposed, in layers of its own kind."""
     return any(type(module).__name__ == "Conv1D" for module in model.modules())
-
-
-def _portable(base: str) -> str:
-    """A folder by its full name: the adapter is loaded from other working folders, too."""
-    return str(Path(base).absolute()) if Path(base).is_dir() else base

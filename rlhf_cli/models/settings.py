@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_cli.errors import bad_value
+from rlhf_cli.errors import bad_choice, bad_value
 
 
 @dataclass
@@ -16,6 +16,7 @@ class LearningRates:
     sft: float = 2e-5
     rm: float = 1e-5
     policy: float = 1e-6
+    dpo: float = 1e-6
 
 
 @dataclass
@@ -54,20 +55,33 @@ class ModelSettings:
 
 @dataclass
 class PeftSettings:
-    """Which weights a stage trains: all of them, or a low-rank adapter."""
+    """Which weights a stage trains: all of them, or those of an adapter."""
 
-    name: str = "none"  # none | lora
+    name: str = "none"  # none | lora | adapter
     r: int = 16  # rank
     alpha: float = 32.0  # the adapter counts alpha / r
     dropout: float = 0.0  # of the adapter's input, in stages that train with dropout (not in policy training)
     # names of layers, or "all-linear": every linear layer but the head; not a typed list, which could not be
     # "as the policy's" in a config
     target_modules: Any = "all-linear"
+    variant: str = (
+        "residual"  # of a bottleneck adapter: residual, beside each block's MLP, or replace, in its place
+    )
+    bottleneck: int = 64  # its inner width
+
+    def used(self) -> dict[str, Any]:
+        """The settings that the chosen kind uses; the others change nothing."""
+        keys = {"lora": ("r", "alpha", "dropout", "target_modules"), "adapter": ("variant", "bottleneck")}
+        return {key: getattr(self, key) for key in ("name", *keys.get(self.name, ()))}
 
     def check(self, where: str) -> None:
         """Raises RequestError for impossible values; `where` is the key prefix."""
-        if self.name not in ("none", "lora"):
-            raise bad_value(f"{where}.name", self.name, "none or lora")
+        if self.name not in ("none", "lora", "adapter"):
+            raise bad_value(f"{where}.name", self.name, "none, lora or adapter")
+        if self.variant not in ("residual", "replace"):
+            raise bad_choice(f"{where}.variant", self.variant, ("residual", "replace"))
+        if self.bottleneck < 1:
+            raise bad_value(f"{where}.bottleneck", self.bottleneck, "a whole number >= 1")
         if self.r < 1:
             raise bad_value(f"{where}.r", self.r, "a whole number >= 1")
         if not (math.isfinite(self.alpha) and self.alpha > 0):

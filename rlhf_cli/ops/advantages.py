@@ -30,6 +30,27 @@ def leave_one_out(reward: Tensor, samples_per_prompt: int) -> Tensor:
     return ((groups[:, :, None] - groups[:, None, :]).sum(dim=-1) / (k - 1)).reshape(-1)
 
 
+def best_of_group(reward: Tensor, samples_per_prompt: int) -> Tensor:
+    """Which row is the best of its prompt's k samples: one a prompt, the first of equals.
+
+    Args:
+        reward: float [N], prompt-major.
+        samples_per_prompt: k >= 1.
+
+    Returns:
+        bool [N].
+
+    >>> import torch
+    >>> best_of_group(torch.tensor([1.0, 3.0, 0.0, 0.0]), 2).tolist()
+    [False, True, True, False]
+    """
+    assert reward.shape[0] % samples_per_prompt == 0, (reward.shape, samples_per_prompt)
+    groups = reward.view(-1, samples_per_prompt)
+    # cumsum, because argmax does not say which of equals it takes
+    is_best = groups == groups.max(dim=-1, keepdim=True).values
+    return (is_best & (is_best.cumsum(dim=-1) == 1)).reshape(-1)
+
+
 def ema_baseline(baseline: float, batch_mean: float, alpha: float) -> float:
     """b <- alpha * b + (1 - alpha) * mean(R): exponential moving average of the batch means.
 

@@ -36,7 +36,48 @@ def k3(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
     return torch.expm1(-log_ratio) + log_ratio
 
 
-def shaped_reward(reward: Tensor, logprob: Tensor, ref_logprob: Tensor, beta: float) -> Tensor:
+_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+
+
+def estimated_kl(estimator: str, logprob: Tensor, ref_logprob: Tensor) -> Tensor:
+    """The estimator of this name, "k1", "k2" or "k3", of N completions; shapes as in `k1`."""
+    return _ESTIMATORS[estimator](logprob, ref_logprob)
+
+
+def kl_loss(
+    estimator: str,
+    logprob: Tensor,
+    ref_logprob: Tensor,
+    beta: float,
+    normaliser: float,
+    ratio: Tensor | None = None,
+) -> Tensor:
+    """beta/n * sum_i rho_i * k_i of the completions' estimates k_i, with gradient: the KL as a term of the loss.
+
+    Its expected gradient is that of beta * KL(pi||ref) for k2, 0 for k1 (the score has mean 0), and that of
+    beta * KL(ref||pi) for k3.
+
+    Args:
+        estimator: "k1", "k2" or "k3".
+        logprob: float [N], with gradient.
+        ref_logprob: float [N].
+        beta: weight, >= 0.
+        normaliser: n, as the loss it is added to is divided.
+        ratio: rho, float [N], pi/pi_old of samples that an earlier policy drew, which is not differentiated; None = 1,
+            where the samples are the policy's own.
+
+    Returns:
+        Scalar.
+    """
+    estimate = estimated_kl(estimator, logprob, ref_logprob.detach())
+    if ratio is not None:
+        estimate = ratio.detach() * estimate
+    return beta * estimate.sum() / normaliser
+
+
+def shaped_reward(
+    reward: Tensor, logprob: Tensor, ref_logprob: Tensor, beta: float, estimator: str = "k1"
+) -> Tensor:
     """R_beta(x, y) = r(x, y) - beta * sum_t [log pi(y_t|.) - log ref(y_t|.)], detached.
 
     The sequence-level k1 in the reward is what gives the gradient of -beta * KL(pi||ref) (RLOO, Ahmadian et al.
@@ -47,11 +88,12 @@ def shaped_reward(reward: Tensor, logprob: Tensor, ref_logprob: Tensor, beta: fl
         logprob: float [N], summed over the completion.
         ref_logprob: float [N].
         beta: weight of the KL, >= 0.
+        estimator: "k1", or one of the others, whose gradient is then another one (see `KlSettings.problem`).
 
     Returns:
         float [N].
     """
-    return (reward - beta * k1(logprob, ref_logprob)).detach()
+    return (reward - beta * estimated_kl(estimator, logprob, ref_logprob)).detach()
 
 
 def full_kl(policy_logits: Tensor, ref_logits: Tensor, sequences: Sequences, temperature: float = 1.0) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +20,22 @@ class TokenLogprobs:
     entropy: Tensor  # float32 [N, L-1], nats, of the distribution the token was drawn from; detached
     mask: Tensor  # bool [N, L-1], True = a completion token
 
+    def __getitem__(self, rows: slice) -> TokenLogprobs:
+        return TokenLogprobs(self.logprob[rows], self.entropy[rows], self.mask[rows])
+
     def sequence_logprob(self) -> Tensor:
         """log pi(y|x): the sum over the completion up to and including the first EOS, float32 [N]."""
         return masked_sum(self.logprob, self.mask)
+
+    def mean_entropy(self) -> Tensor:
+        """Mean over each completion's tokens, float32 [N], nats."""
+        return self.entropy.sum(-1) / self.mask.sum(-1).clamp(min=1)
+
+
+def joined(parts: Iterable[TokenLogprobs]) -> TokenLogprobs:
+    """The rows of several, which have equally many columns, one after the other."""
+    columns = zip(*((part.logprob, part.entropy, part.mask) for part in parts), strict=True)
+    return TokenLogprobs(*(torch.cat(column) for column in columns))
 
 
 def completion_logprobs(logits: Tensor, sequences: Sequences, temperature: float = 1.0) -> TokenLogprobs:

@@ -11,6 +11,17 @@ import torch
 from torch import Tensor
 
 
+def zero_outside(values: Tensor, mask: Tensor) -> Tensor:
+    """`values` where `mask` is True and 0 elsewhere, in the gradient as well.
+
+    Masked-out entries may be NaN or infinite: they are replaced, not multiplied by zero.
+
+    >>> zero_outside(torch.tensor([2.0, float("inf")]), torch.tensor([True, False])).tolist()
+    [2.0, 0.0]
+    """
+    return torch.where(mask, values, torch.zeros_like(values))
+
+
 def masked_sum(values: Tensor, mask: Tensor, dim: int = -1) -> Tensor:
     """Sum of `values` where `mask` is True; 0 where nothing counts.
 
@@ -19,7 +30,7 @@ def masked_sum(values: Tensor, mask: Tensor, dim: int = -1) -> Tensor:
     >>> masked_sum(torch.tensor([1.0, 2.0, float("nan")]), torch.tensor([True, True, False])).item()
     3.0
     """
-    return torch.where(mask, values, torch.zeros_like(values)).sum(dim)
+    return zero_outside(values, mask).sum(dim)
 
 
 def is_eos(ids: Tensor, eos_ids: Sequence[int]) -> Tensor:
@@ -50,3 +61,31 @@ def last_true(mask: Tensor) -> Tensor:
     assert bool(mask.any(dim=-1).all()), "a row without a real token has no last token"
     positions = torch.arange(mask.shape[-1], device=mask.device)
     return torch.where(mask, positions, torch.full_like(positions, -1)).max(dim=-1).values
+
+
+def is_last_true(mask: Tensor) -> Tensor:
+    """Which column holds the last True of its row; none in a row without one.
+
+    Args:
+        mask: bool [N, L].
+
+    Returns:
+        bool [N, L], at most one True in every row.
+
+    >>> is_last_true(torch.tensor([[False, True, True, False], [False, False, False, False]])).int().tolist()
+    [[0, 0, 1, 0], [0, 0, 0, 0]]
+    """
+    num_from_here_on = mask.flip(-1).cumsum(-1).flip(-1)
+    return mask & (num_from_here_on == 1)
+
+
+def is_contiguous(mask: Tensor) -> bool:
+    """Whether the True entries of every row of [N, L] follow each other without a gap; so they do where there are none.
+
+    >>> is_contiguous(torch.tensor([[False, True, True], [False, False, False]]))
+    True
+    >>> is_contiguous(torch.tensor([[True, False, True]]))
+    False
+    """
+    num_ends = (mask[:, :-1] & ~mask[:, 1:]).sum(-1) + mask[:, -1].long()
+    return bool((num_ends <= 1).all())

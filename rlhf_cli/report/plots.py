@@ -42,6 +42,7 @@ _UNITS = {
     "memory": "GiB",
 }
 
+_PART_KEYS = ("warp/iteration", "warp/member")  # rows in which these differ belong to different lines
 _EXACT = ("lr",)  # metrics without noise, which smoothing would only distort
 _MAX_DOTS = 15  # shorter curves show their points
 _MAX_LABELS = 24  # with more points than this, only the last one of each series is labelled
@@ -302,26 +303,35 @@ def training_curves(
         keys: the metrics wanted, in order; those that no row has are left out.
         title: of the picture.
 
+    A run of several parts (WARP's members) has a line for each: what one ends with, the next does not begin with.
+
     Returns:
         The keys drawn. Without any no file is written.
     """
-    curves = {key: curve for key in keys if len((curve := _curve(rows, key))[0])}
+    parts = [list(part) for _, part in itertools.groupby(rows, lambda row: [row.get(key) for key in _PART_KEYS])]
+    curves = {
+        key: found for key in keys if (found := [curve for part in parts if len((curve := _curve(part, key))[0])])
+    }
     if not curves:
         return ()
     num_columns = min(3, len(curves))
     num_rows = math.ceil(len(curves) / num_columns)
-    windows = {key: 1 if key in _EXACT else smoothing_window(len(v)) for key, (_, v) in curves.items()}
+    windows = {
+        key: 1 if key in _EXACT else min(smoothing_window(len(values)) for _, values in lines)
+        for key, lines in curves.items()
+    }
     if any(window > 1 for window in windows.values()):
         title += ": each step (light) and moving average"
     with new_figure(path, (1.2 + 3.6 * num_columns, 1.1 + 2.2 * num_rows), title) as figure:
         grid = figure.subplots(num_rows, num_columns, sharex=True, squeeze=False)
-        for axes, (key, (steps, values)) in zip(grid.flat, curves.items(), strict=False):
-            if windows[key] > 1:
-                axes.plot(steps, values, color=colour(0), alpha=0.3, linewidth=0.8)
-                axes.plot(steps, moving_average(values, windows[key]), color=colour(0), linewidth=1.8)
-            else:
-                dots = {"marker": "o", "markersize": 3} if len(values) < _MAX_DOTS else {}
-                axes.plot(steps, values, color=colour(0), linewidth=1.8, **dots)
+        for axes, (key, lines) in zip(grid.flat, curves.items(), strict=False):
+            for steps, values in lines:
+                if windows[key] > 1:
+                    axes.plot(steps, values, color=colour(0), alpha=0.3, linewidth=0.8)
+                    axes.plot(steps, moving_average(values, windows[key]), color=colour(0), linewidth=1.8)
+                else:
+                    dots = {"marker": "o", "markersize": 3} if len(values) < _MAX_DOTS else {}
+                    axes.plot(steps, values, color=colour(0), linewidth=1.8, **dots)
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.yaxis.set_major_formatter("{x:g}")  # 1e-06 at each tick instead of a factor above the axis
             unit = _UNITS.get(key, _UNITS.get(key.split("/")[0], ""))

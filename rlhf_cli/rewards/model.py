@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.data.tokenise import TokenPair, collate, encode_completion, encode_prompt
 from rlhf_cli.errors import RequestError
 from rlhf_cli.files import write_json_atomic
+from rlhf_cli.models.adapters import Adapter
 from rlhf_cli.models.loading import load_classifier, save_model
-from rlhf_cli.models.lora import merged
 from rlhf_cli.models.positions import check_length, first_position, max_positions, takes_positions, token_positions
 from rlhf_cli.ops.masks import last_true
 from rlhf_cli.types import Prompt, Scores, Sequences
@@ -101,10 +100,10 @@ class RewardModel:
             raw[chosen] = score_sequences(self.model, batch.to(self.model.device)).float().cpu()
         return Scores(reward=self.format.standardise(raw), raw=raw)
 
-    def save(self, folder: Path, adapter: PeftModel | None = None) -> None:
+    def save(self, folder: Path, adapter: Adapter | None = None) -> None:
         """Writes a Hugging Face folder; an adapter is merged into it."""
         setattr(self.model.config, _CONFIG_KEY, asdict(self.format))
-        save_model(self.model if adapter is None else merged(adapter), self.tokenizer, folder)
+        save_model(self.model if adapter is None else adapter.merged(), self.tokenizer, folder)
 
 
 def score_sequences(model: PreTrainedModel, sequences: Sequences) -> Tensor:

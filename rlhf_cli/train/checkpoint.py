@@ -119,13 +119,18 @@ class Checkpoints:
 
     def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint; None where there is none. What a kill left half-written is removed."""
+        step = self.newest_step()
+        return None if step is None else self.load(step)
+
+    def newest_step(self) -> int | None:
+        """The step of `latest`; its digests are verified, and its tensors stay on the disk."""
         for left in (*self.folder.glob(".step-*"), *self.folder.glob(".best-*")):
             shutil.rmtree(left, ignore_errors=True)
         for step in reversed(self.steps()):
             folder = self.folder / f"step-{step}"
             problem = damage(folder)
             if problem is None:
-                return self.load(step)
+                return step
             self.report(f"checkpoint {folder} is damaged ({problem}); it is not used")
         return None
 
@@ -160,10 +165,10 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {f"model/{name}": tensor.detach() for name, tensor in named if name in persistent}
 
 
-def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies a checkpoint's weights into the model."""
+def restore_tensors(live: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copies a checkpoint's tensors into the live ones of the same names."""
     with torch.no_grad():
-        for name, tensor in model_tensors(model).items():
+        for name, tensor in live.items():
             tensor.copy_(tensors[name])
 
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_cli.errors import PeerLostError, RequestError, ToldElsewhereError, bad_value
+from rlhf_cli.train.stopping import STOP, StopRequested
 
 T = TypeVar("T")
 
@@ -242,3 +243,13 @@ def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         buckets[-1].append(tensor)
         elements += tensor.numel()
     return buckets
+
+
+def stop_if_asked(world: World) -> None:
+    """Raises StopRequested where a signal came to any of the processes; waits for all.
+
+    For places between two fits: a signal in the last step of one lets it end, but not the next one begin.
+    """
+    number = int(world.max([STOP.requested or 0])[0])
+    if number:
+        raise StopRequested(number)

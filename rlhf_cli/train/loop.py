@@ -5,30 +5,31 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from rlhf_cli.files import naming, replace_folder_atomic
+from rlhf_cli.files import write_folder_atomic
+from rlhf_cli.settings import Select, TrainSettings
 from rlhf_cli.train.checkpoint import (
     Checkpoint,
     Checkpoints,
     Durable,
     model_tensors,
     optimizer_tensors,
-    restore_model,
     restore_optimizer,
+    restore_tensors,
     save_batch,
 )
 from rlhf_cli.train.distributed import ALONE, World
 from rlhf_cli.train.optim import build_optimizer, lr_factor
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.train.seeding import seed_dropout
-from rlhf_cli.train.settings import Select, TrainSettings
 from rlhf_cli.train.stopping import StopRequested
 from rlhf_cli.types import LossOutput
 
@@ -58,37 +59,45 @@ class Evaluation:
     score: float
 
 
-class Task(Protocol):
+class Task(ABC):
     """What is learned: a source of batches, a loss, an evaluation."""
 
-    model: nn.Module
+    model: nn.Module  # all that is trained
 
+    @abstractmethod
     def batch(self, step: int) -> StepBatch:
         """The batch of a step (0-based)."""
-        ...
 
+    @abstractmethod
     def loss(self, micro_batch: Any, normaliser: float) -> LossOutput:
         """Loss of a micro-batch, already divided by the step's normaliser."""
-        ...
 
+    @abstractmethod
     def evaluate(self, step: int) -> Evaluation:
         """Evaluation after `step` steps, over the shares of all processes."""
-        ...
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Writes the weights as a Hugging Face folder."""
-        ...
+
+    def after_step(self) -> None:
+        """What follows the weights when they have moved; nothing, unless a task says otherwise."""
+        return
 
     def state(self) -> Mapping[str, Any] | None:
-        """What the task carries from step to step beside the weights, as JSON.
+        """What the task carries from step to step beside the weights, as JSON; nothing where all follows from the step.
 
         None between steps at which it could not be taken up again (inside a rollout that serves several steps).
         """
-        ...
+        return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Takes up a `state`."""
-        ...
+        return
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Tensors that the task carries beside the model's, by name; a checkpoint has them and writes into them."""
+        return {}
 
 
 class Recorder(Protocol):
@@ -217,7 +226,7 @@ def fit(
     counters = _Counters()
     if durable is not None and durable.resume_from is not None:
         counters = _restore(run, durable.resume_from)
-    world.copy_from_main(model_tensors(task.model).values())
+    world.copy_from_main(task_tensors(task).values())
     evaluation: Evaluation | None = None
     stopped_early = False
     clock_zero = time.perf_counter() - counters.time_s
@@ -260,6 +269,11 @@ def fit(
     )
 
 
+def task_tensors(task: Task) -> dict[str, Tensor]:
+    """All tensors that a checkpoint has of a task, the model's among them."""
+    return {**model_tensors(task.model), **{f"task/{name}": value for name, value in task.tensors().items()}}
+
+
 def _step(run: _Fit, counters: _Counters) -> tuple[dict[str, float], StepBatch]:
     """One optimizer step; returns its row of metrics, and this process' batch."""
     started = time.perf_counter()
@@ -279,6 +293,7 @@ def _step(run: _Fit, counters: _Counters) -> tuple[dict[str, float], StepBatch]:
     if not overflow:  # a norm can overflow where no gradient does: then the scaler alone would let the step pass
         _check_finite(run, step, row, batch)
         scaler.step(optimizer)
+        run.task.after_step()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     counters.skipped += overflow
@@ -312,7 +327,7 @@ def _judge(run: _Fit, evaluation: Evaluation, counters: _Counters) -> bool:
         counters.best_metrics, counters.without_better = dict(evaluation.metrics), 0
         if run.world.is_main:
             run.checkpoints.folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(run.task.save, run.checkpoints.best(counters.step))
+            write_folder_atomic(run.task.save, run.checkpoints.best(counters.step))
             run.checkpoints.prune_best(counters.step)
         return False
     counters.without_better += 1
@@ -336,7 +351,7 @@ def _make_durable(run: _Fit, durable: Durable, counters: _Counters) -> None:
     durable.is_owed = False
     if run.world.is_main:
         started = time.perf_counter()
-        tensors = {**model_tensors(run.task.model), **optimizer_tensors(run.optimizer)}
+        tensors = {**task_tensors(run.task), **optimizer_tensors(run.optimizer)}
         values = {"counters": asdict(counters), "task": dict(state), "scaler": run.scaler.state_dict()}
         run.recorder.sync()  # rows before a checkpoint have to outlive what it outlives
         durable.checkpoints.save(Checkpoint(counters.step, tensors, values))
@@ -349,7 +364,7 @@ def _make_durable(run: _Fit, durable: Durable, counters: _Counters) -> None:
 
 def _restore(run: _Fit, checkpoint: Checkpoint) -> _Counters:
     """Puts everything back as it was after the checkpoint's step."""
-    restore_model(run.task.model, checkpoint.tensors)
+    restore_tensors(task_tensors(run.task), checkpoint.tensors)
     restore_optimizer(run.optimizer, checkpoint.tensors)
     run.task.restore(checkpoint.values["task"])
     if run.scaler.is_enabled():
@@ -408,28 +423,15 @@ def _settle_weights(run: _Fit, counters: _Counters) -> None:
         shutil.copytree(best, building)
 
     if counters.best_step == counters.step:
-        _write_whole(run.task.save, folder / "model")
+        write_folder_atomic(run.task.save, folder / "model")
     elif run.settings.select is Select.last:
-        _write_whole(copy_best, folder / "model_best")
-        _write_whole(run.task.save, folder / "model")
+        write_folder_atomic(copy_best, folder / "model_best")
+        write_folder_atomic(run.task.save, folder / "model")
     else:
-        _write_whole(run.task.save, folder / "model_last")
-        _write_whole(copy_best, folder / "model")
+        write_folder_atomic(run.task.save, folder / "model_last")
+        write_folder_atomic(copy_best, folder / "model")
     if run.durable is None:
         shutil.rmtree(run.checkpoints.folder)
-
-
-def _write_whole(write: Callable[[Path], object], target: Path) -> None:
-    """Writes a folder so that `target` is always a whole one, the old or the new; raises OSError that names it."""
-    building = target.with_name(f".{target.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
-    try:
-        with naming(target):
-            write(building)
-            replace_folder_atomic(building, target)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
 
 
 def _peak_memory(device: torch.device, world: World) -> dict[str, float]:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from rlhf_cli.train.settings import Schedule, TrainSettings
+from rlhf_cli.settings import Schedule, TrainSettings
 
 
 def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
@@ -33,11 +33,13 @@ def lr_factor(settings: TrainSettings, step: int, num_steps: int) -> float:
     towards `min_lr_ratio`, which the step after the last would have: every step moves.
 
     Args:
-        settings: schedule, warmup_ratio, min_lr_ratio.
+        settings: schedule, warmup_ratio or warmup_steps, min_lr_ratio.
         step: 1-based.
         num_steps: all steps of the run.
     """
-    warmup = math.ceil(round(settings.warmup_ratio * num_steps, 9))  # 0.07 * 100 is 7.000000000000001
+    warmup = settings.warmup_steps
+    if warmup is None:
+        warmup = math.ceil(round(settings.warmup_ratio * num_steps, 9))  # 0.07 * 100 is 7.000000000000001
     if step <= warmup:
         return step / warmup
     if settings.schedule is Schedule.constant:

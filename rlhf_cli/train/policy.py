@@ -4,48 +4,47 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.algos.base import BaselineState, OnlineAlgorithm
 from rlhf_cli.data.dataset import GoldReward
 from rlhf_cli.data.tokenise import prompt_batch
-from rlhf_cli.models.causal import LanguageModel, full_kls, sequence_logprobs, token_logprobs
-from rlhf_cli.models.lora import save_trained
+from rlhf_cli.models.adapters import Adapter, save_trained
+from rlhf_cli.models.causal import LanguageModel, frozen_logprobs
+from rlhf_cli.models.critic import ActorCritic, Critic, policy_outputs
 from rlhf_cli.models.recompute import recomputing
-from rlhf_cli.ops.kl import k1, shaped_reward
+from rlhf_cli.ops.gae import token_rewards
+from rlhf_cli.ops.kl import k1, kl_loss, shaped_reward
+from rlhf_cli.ops.logprobs import TokenLogprobs, joined
+from rlhf_cli.ops.policy_losses import sequence_ratio
 from rlhf_cli.rollout.engine import Sampling, generate
+from rlhf_cli.settings import KlPlacement, KlSettings
+from rlhf_cli.train.anchor import EmaAnchor
 from rlhf_cli.train.distributed import ALONE, World
-from rlhf_cli.train.loop import Evaluation, StepBatch
+from rlhf_cli.train.loop import Evaluation, StepBatch, Task
+from rlhf_cli.train.measuring import HeldOut, gold_rewards, length_metrics, lengths, means, measure, of_all
 from rlhf_cli.train.precision import Precision
+from rlhf_cli.train.reward_noise import RewardNoise
 from rlhf_cli.train.run_folder import plain_prompt
 from rlhf_cli.train.seeding import batch_rows, derive_seed
-from rlhf_cli.train.settings import TrainSettings
-from rlhf_cli.types import LossOutput, PolicyBatch, Prompt, PromptBatch, Rollout, Scores
+from rlhf_cli.types import Experience, LossOutput, PolicyBatch, Prompt, PromptBatch, Rollout, Scores, Sequences
 
 # Samples of a step that go to samples.jsonl.
 _SAMPLES_KEPT = 8
 
+# In the row of the step that waited for it.
+_ROLLOUT_TIMES = ("time/rollout_s", "time/score_s")
+
+_KL_IN_REWARD = KlSettings()
+
 RewardFunction = Callable[[Rollout], Scores]
-
-
-@dataclass(frozen=True)
-class PolicyPlan:
-    """How a rollout is cut into optimizer steps."""
-
-    num_minibatches: int = 1  # optimizer batches per rollout
-    num_epochs: int = 1  # passes over each rollout
-
-    @property
-    def updates_per_rollout(self) -> int:
-        """Optimizer steps per rollout."""
-        return self.num_minibatches * self.num_epochs
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,14 @@ class _Prepared:
     """One optimizer batch of the current rollout: this process' share, and figures of the whole."""
 
     batch: PolicyBatch
+    normaliser: float  # of this share: its sequences, or the tokens of its completions
+    num_samples: int
     num_tokens: int
     metrics: Mapping[str, float]
     samples: Sequence[Mapping[str, Any]]
 
 
-class PolicyTask:
+class PolicyTask(Task):
     """Any online algorithm over shared prompts, rollouts and rewards.
 
     The reference is a frozen copy of the starting policy, or the policy with its adapter off. Dropout stays off:
@@ -81,14 +82,25 @@ class PolicyTask:
         validation_prompts: Sequence[Prompt],
         max_prompt_tokens: int,
         sampling: Sampling,
-        settings: TrainSettings,
-        plan: PolicyPlan,
         precision: Precision,
         seed: int,
         world: World = ALONE,
-        adapter: PeftModel | None = None,
+        adapter: Adapter | None = None,
+        *,
+        kl: KlSettings = _KL_IN_REWARD,
+        critic: Critic | None = None,
+        anchor: EmaAnchor | None = None,
+        noise: RewardNoise | None = None,
+        validation_seed: int | None = None,
     ) -> None:
-        self.model = model.eval()
+        """Where an argument does not say it.
+
+        Args:
+            anchor: what the KL acts towards, where that is not the reference, which figures are still measured to.
+            validation_seed: of the evaluations' noise, where several runs are compared; None = from `seed`.
+        """
+        self.policy = model.eval()
+        self.model = model if critic is None else ActorCritic(model, critic).eval()
         self.reference = reference
         if isinstance(reference, nn.Module):
             reference.eval().requires_grad_(False)
@@ -97,81 +109,84 @@ class PolicyTask:
         self.reward = reward
         self.gold = gold
         self.prompts = prompts
-        self.validation_prompts = validation_prompts
         self.max_prompt_tokens = max_prompt_tokens
         self.sampling = sampling
-        self.settings = settings
-        self.plan = plan
+        self.settings = algorithm.train
         self.precision = precision
         self.seed = seed
         self.world = world
         self.adapter = adapter
-        self.micro_batch_size = settings.micro_batch_size or settings.batch_size
+        self.kl = kl
+        self.critic = critic
+        self.anchor = anchor
+        self.noise = noise
+        seed_of_noise = derive_seed(seed, "validation") if validation_seed is None else validation_seed
+        self.held_out = HeldOut(validation_prompts, max_prompt_tokens, sampling, seed_of_noise)
+        self.micro_batch_size = self.settings.micro_batch_size or self.settings.batch_size
         self.baseline = BaselineState()
         self._prepared: list[_Prepared] = []
         self._steps_left = 0  # of the current rollout
 
     def batch(self, step: int) -> StepBatch:
         """The optimizer batch of a step; a new rollout where the last one is used up."""
-        number, update = divmod(step, self.plan.updates_per_rollout)
+        num_batches = self.algorithm.num_minibatches
+        number, update = divmod(step, num_batches * self.algorithm.num_epochs)
         if update == 0:
             self._prepared = self._prepare(number)
-        self._steps_left = self.plan.updates_per_rollout - update - 1
-        prepared = self._prepared[update % self.plan.num_minibatches]
+        self._steps_left = num_batches * self.algorithm.num_epochs - update - 1
+        prepared, is_new = self._prepared[update % num_batches], update < num_batches
         size = self.micro_batch_size
         return StepBatch(
             micro_batches=[prepared.batch[i : i + size] for i in range(0, len(prepared.batch), size)],
-            normaliser=float(len(prepared.batch)),
-            num_samples=len(prepared.batch) if update < self.plan.num_minibatches else 0,
-            num_tokens=prepared.num_tokens,
-            metrics=prepared.metrics,
+            normaliser=prepared.normaliser,
+            num_samples=prepared.num_samples if is_new else 0,
+            num_tokens=prepared.num_tokens if is_new else 0,
+            metrics={
+                name: value for name, value in prepared.metrics.items() if is_new or name not in _ROLLOUT_TIMES
+            },
             samples=[{**row, "step": step + 1} for row in prepared.samples],
         )
 
     def loss(self, micro_batch: PolicyBatch, normaliser: float) -> LossOutput:
-        """The algorithm's loss over the log-probs of this micro-batch."""
+        """The algorithm's loss over this micro-batch, and the KL's where that is in the loss."""
         with recomputing(self.model):
-            tokens = token_logprobs(self.model, micro_batch.sequences, self.sampling.temperature)
-        return self.algorithm.loss(tokens.sequence_logprob(), micro_batch, normaliser)
+            tokens, value = self._outputs(micro_batch.sequences)
+        output = self.algorithm.loss(tokens, value, micro_batch, normaliser)
+        if self.kl.placement is KlPlacement.reward:
+            return output
+        logprob, ref, beta = tokens.sequence_logprob(), micro_batch.ref_logprob, self.algorithm.beta
+        ratio = None if self.algorithm.on_policy else sequence_ratio(logprob.detach(), micro_batch.old_logprob)
+        held = kl_loss(self.kl.estimator.value, logprob, ref, beta, normaliser, ratio)
+        return replace(output, loss=output.loss + held, metrics={**output.metrics, "kl/loss": held.detach()})
+
+    def after_step(self) -> None:
+        """The anchor follows."""
+        if self.anchor is not None:
+            self.anchor.update()
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The anchor's weights."""
+        return {} if self.anchor is None else self.anchor.weights()
 
     def evaluate(self, step: int) -> Evaluation:
-        """Reward, KL and length on held-out prompts, with the same noise at every evaluation."""
-        mine = self.world.share(len(self.validation_prompts))
-        index = range(len(self.validation_prompts))[mine]
-        with self.precision.autocast():
-            rollout = generate(
-                self.model,
-                self.tokenizer,
-                self._prompt_batch(self.validation_prompts[mine], index),
-                1,
-                self.sampling,
-                derive_seed(self.seed, "validation"),
-                0,
-            )
-            kl = full_kls(
-                self.model,
-                self.reference,
-                rollout.sequences,
-                self.sampling.temperature,
-                self.micro_batch_size,
-            )
-        columns = {"reward": self.reward(rollout).reward, "kl": kl, **_lengths(rollout)}
-        if self.gold is not None:
-            columns["gold"] = _gold_rewards(self.gold, rollout)
-        columns = self._of_all(columns)
-        metrics = {
-            "reward/mean": float(columns["reward"].mean()),
-            "kl/full": float(columns["kl"].mean()),
-            **_length_metrics(columns),
-        }
-        if "gold" in columns:
-            metrics["gold/mean"] = float(columns["gold"].mean())
-        objective = metrics["reward/mean"] - self.algorithm.beta * metrics["kl/full"]
-        return Evaluation(metrics, score=objective)
+        """Means of `measure` over the validation prompts; the score is the objective, reward - beta * KL."""
+        columns = measure(
+            self.policy,
+            self.reference,
+            self.tokenizer,
+            self.reward,
+            self.gold,
+            self.held_out,
+            self.micro_batch_size,
+            self.precision,
+            self.world,
+        )
+        metrics = means(columns)
+        return Evaluation(metrics, score=metrics["reward/mean"] - self.algorithm.beta * metrics["kl/full"])
 
     def save(self, folder: Path) -> None:
         """Writes a Hugging Face folder."""
-        save_trained(self.model, self.tokenizer, folder, self.adapter)
+        save_trained(self.policy, self.tokenizer, folder, self.adapter)
 
     def state(self) -> Mapping[str, Any] | None:
         """The baseline; None while a rollout still has steps to serve."""
@@ -185,16 +200,16 @@ class PolicyTask:
 
     def _prepare(self, number: int) -> list[_Prepared]:
         """Samples rollout `number`, scores it and cuts it into optimizer batches with their advantages."""
-        k = self.algorithm.samples_per_prompt
+        k = self.algorithm.k
         num_prompts = self.settings.batch_size // k  # of an optimizer batch
-        num_batches = self.plan.num_minibatches
+        num_batches = self.algorithm.num_minibatches
         all_prompts = batch_rows(self.seed, number, num_prompts * num_batches, len(self.prompts))
         mine = all_prompts.reshape(num_batches, num_prompts)[:, self.world.share(num_prompts)]
         chosen = [int(i) for i in mine.reshape(-1)]
         started = time.perf_counter()
         with self.precision.autocast():
             rollout = generate(
-                self.model,
+                self.policy,
                 self.tokenizer,
                 self._prompt_batch([self.prompts[i] for i in chosen], chosen),
                 k,
@@ -204,89 +219,135 @@ class PolicyTask:
             )
         sampled = time.perf_counter()
         scores = self.reward(rollout)
-        gold = None if self.gold is None else _gold_rewards(self.gold, rollout)
+        if self.noise is not None:
+            scores = replace(scores, reward=scores.reward + self.noise(rollout, number))
+        gold = None if self.gold is None else gold_rewards(self.gold, rollout)
         scored = time.perf_counter()
-        timing = {"time/rollout_s": sampled - started, "time/score_s": scored - sampled}
+        timing = dict(zip(_ROLLOUT_TIMES, (sampled - started, scored - sampled), strict=True))
         size = mine.shape[1] * k
         return [
-            self._prepare_batch(rollout, scores, gold, slice(i * size, (i + 1) * size), timing)
+            self._prepare_batch(rollout, scores, gold, slice(i * size, (i + 1) * size), timing if i == 0 else {})
             for i in range(num_batches)
         ]
 
     def _prepare_batch(
         self, rollout: Rollout, scores: Scores, gold: Tensor | None, rows: slice, timing: Mapping[str, float]
     ) -> _Prepared:
+        """The rows of a rollout as an optimizer batch, with advantages that all processes' rows have a part in."""
         sequences = rollout.sequences[rows]
-        temperature, size = self.sampling.temperature, self.micro_batch_size
-        with self.precision.autocast():
-            old, entropy = sequence_logprobs(self.model, sequences, temperature, size)
-            ref, _ = sequence_logprobs(self.reference, sequences, temperature, size)
-        kl = k1(old, ref)
+        policy, value, ref, anchor = self._frozen_outputs(sequences)
+        old, ref_logprob, anchor_logprob = (one.sequence_logprob() for one in (policy, ref, anchor))
+        reward = scores.reward[rows].to(old.device)
+        in_reward = self.kl.placement is KlPlacement.reward
+        beta = self.algorithm.beta if in_reward else 0.0
+        kl = k1(old, ref_logprob)
         columns = {
-            "reward": scores.reward[rows],
-            "shaped": shaped_reward(scores.reward[rows].to(old.device), old, ref, self.algorithm.beta),
+            "reward": reward,
+            "shaped": shaped_reward(reward, old, anchor_logprob, beta, self.kl.estimator.value),
             "kl": kl,
-            "entropy": entropy,
+            "entropy": policy.mean_entropy(),
             "mismatch": (rollout.sampled_logprob[rows] - old.cpu()).abs(),
-            **_lengths(rollout, rows),
+            **lengths(rollout, rows),
         }
+        if self.anchor is not None:
+            columns["kl_anchor"] = k1(old, anchor_logprob)
         if gold is not None:
             columns["gold"] = gold[rows]
-        columns = self._of_all(columns)
-        result = self.algorithm.advantages(columns["shaped"], self.baseline)
+        columns = of_all(columns, self.world)
+        experience = Experience(columns["reward"], columns["shaped"])
+        if self.algorithm.acts_on_tokens:
+            log_ratio = k1(policy.logprob, anchor.logprob)
+            grid = {"token_reward": token_rewards(reward, log_ratio, policy.mask, beta), "mask": policy.mask}
+            if value is not None:
+                grid["value"] = value
+            grid = self._tokens_of_all(grid)
+            experience = replace(
+                experience,
+                mask=grid["mask"].bool(),
+                token_reward=grid["token_reward"],
+                value=grid.get("value"),
+            )
+        result = self.algorithm.advantages(experience, self.baseline)
         self.baseline = result.state
         metrics = {
             "reward/mean": float(columns["reward"].mean()),
             "reward/std": float(columns["reward"].std(unbiased=False)),
             "reward/shaped_mean": float(columns["shaped"].mean()),
-            "advantage/std": float(result.advantage.std(unbiased=False)),
+            "advantage/std": float(_actions(result.advantage, experience).std(unbiased=False)),
             "kl/k1": float(columns["kl"].mean()),
             "entropy": float(columns["entropy"].mean()),
             "rollout/logprob_mismatch": float(columns["mismatch"].mean()),
-            **_length_metrics(columns),
+            **length_metrics(columns),
             **result.metrics,
             **timing,
         }
         if "gold" in columns:
             metrics["gold/mean"] = float(columns["gold"].mean())
+        if "kl_anchor" in columns:
+            metrics["kl/anchor"] = float(columns["kl_anchor"].mean())
         samples = self.world.gather_json(_sample_rows(rollout, scores, kl.cpu(), gold, rows))
+        batch = PolicyBatch(
+            sequences,
+            old,
+            anchor_logprob,
+            self._mine(result.advantage, sequences),
+            old_token_logprob=policy.logprob if self.algorithm.acts_on_tokens else None,
+            old_value=value,
+            value_target=None if result.value_target is None else self._mine(result.value_target, sequences),
+        )
+        if result.keep is not None:
+            batch = batch[self._mine(result.keep, sequences)]
+        by_tokens = self.algorithm.normalised_by == "tokens"
         return _Prepared(
-            batch=PolicyBatch(sequences, old, ref, self._share_of(result.advantage).to(old.device)),
+            batch=batch,
+            normaliser=float(batch.sequences.completion_mask.sum() if by_tokens else len(batch)),
+            num_samples=len(sequences),
             num_tokens=int(sequences.attention_mask.sum()),
             metrics=metrics,
             samples=samples[:_SAMPLES_KEPT],
         )
 
-    def _of_all(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Columns float32 [n] of this process' rows to those of all processes' rows, on the CPU."""
-        table = torch.stack([column.float().cpu() for column in columns.values()], dim=1)
-        return dict(zip(columns, self.world.gather(table).T.contiguous(), strict=True))
+    def _outputs(self, sequences: Sequences) -> tuple[TokenLogprobs, Tensor | None]:
+        return policy_outputs(self.policy, self.critic, sequences, self.sampling.temperature)
 
-    def _share_of(self, column: Tensor) -> Tensor:
-        """This process' rows of an optimizer batch; the samples of a prompt stay together."""
-        k = self.algorithm.samples_per_prompt
-        return column.view(-1, k)[self.world.share(len(column) // k)].reshape(-1)
+    @torch.no_grad()
+    def _frozen_outputs(
+        self, sequences: Sequences
+    ) -> tuple[TokenLogprobs, Tensor | None, TokenLogprobs, TokenLogprobs]:
+        """Of a batch's rows: the policy's log-probs and values, the reference's log-probs, the anchor's."""
+        temperature, size = self.sampling.temperature, self.micro_batch_size
+        with self.precision.autocast():
+            # as the training pass has them, so that the first step's ratio is 1 to the bit
+            parts = [self._outputs(sequences[start : start + size]) for start in range(0, len(sequences), size)]
+            ref = frozen_logprobs(self.reference, sequences, temperature, size)
+            anchor = ref
+            if self.anchor is not None:
+                anchor = frozen_logprobs(self.anchor.model, sequences, temperature, size)
+        values = [value for _, value in parts if value is not None]
+        return joined([tokens for tokens, _ in parts]), torch.cat(values) if values else None, ref, anchor
+
+    def _tokens_of_all(self, grids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Figures of tokens, float32 [n, L-1] of this process' rows, to those of all; the longest row says how wide."""
+        width = next(iter(grids.values())).shape[1]
+        widest = int(self.world.max([width])[0])
+        return {
+            name: self.world.gather(pad(grid.float().cpu(), (0, widest - width))) for name, grid in grids.items()
+        }
+
+    def _mine(self, column: Tensor, sequences: Sequences) -> Tensor:
+        """The rows of this process, `sequences`, of a whole batch's figures; a prompt's samples stay together."""
+        k, width = self.algorithm.k, sequences.ids.shape[1] - 1
+        groups = column.reshape(-1, k, *column.shape[1:])[self.world.share(len(column) // k)]
+        rows = groups.reshape(-1, *column.shape[1:]).to(sequences.ids.device)
+        return rows[:, :width] if rows.dim() == 2 else rows
 
     def _prompt_batch(self, prompts: Sequence[Prompt], index: Sequence[int]) -> PromptBatch:
         return prompt_batch(self.tokenizer, prompts, index, self.max_prompt_tokens)
 
 
-def _gold_rewards(gold: GoldReward, rollout: Rollout) -> Tensor:
-    pairs = zip(rollout.prompts, rollout.completions, strict=True)
-    return torch.tensor([gold(prompt, completion) for prompt, completion in pairs])
-
-
-def _lengths(rollout: Rollout, rows: slice = slice(None)) -> dict[str, Tensor]:
-    """Completion tokens, and whether the length limit cut them, float32 [n]."""
-    lengths = torch.tensor([len(ids) for ids in rollout.completion_ids[rows]], dtype=torch.float32)
-    return {"length": lengths, "truncated": rollout.truncated[rows].float()}
-
-
-def _length_metrics(columns: Mapping[str, Tensor]) -> dict[str, float]:
-    return {
-        "length/mean": float(columns["length"].mean()),
-        "length/truncated_frac": float(columns["truncated"].mean()),
-    }
+def _actions(advantage: Tensor, experience: Experience) -> Tensor:
+    """The advantages of what was done: of completions, or of their tokens without the padding."""
+    return advantage if experience.mask is None else advantage[experience.mask]
 
 
 def _sample_rows(

@@ -103,6 +103,11 @@ class Progress:
         """Leave the last state on the screen; stop the drawing thread and give the terminal back."""
         self._exit.close()
 
+    def expect(self, total_steps: int) -> None:
+        """Another number of the last step."""
+        self._total = total_steps
+        self._bar.update(self._task, total=total_steps)
+
     def update(self, step: int, row: Mapping[str, object]) -> None:
         """Show step `step` (1-based) with its metrics; keys that the row lacks keep their last value."""
         assert self._times, "update() belongs inside `with Progress(...)`"

@@ -15,11 +15,11 @@ from filelock import FileLock
 
 from rlhf_cli.errors import RequestError
 from rlhf_cli.files import take_folder
+from rlhf_cli.settings import CheckpointSettings
 from rlhf_cli.train.checkpoint import Checkpoint, Checkpoints, Durable
 from rlhf_cli.train.distributed import ALONE, World
 from rlhf_cli.train.progress import Progress
 from rlhf_cli.train.run_folder import RunFolder, RunRecord, Status
-from rlhf_cli.train.settings import CheckpointSettings
 from rlhf_cli.train.stopping import STOP
 from rlhf_cli.train.tracking import NullTracker, Tracker
 
@@ -47,6 +47,7 @@ class RunRequest:
     checkpoint: CheckpointSettings
     resume: bool = False  # continue what the folder holds
     world: World = ALONE  # the processes that share the run; the main one writes
+    steps_done: Callable[[], int] | None = None  # of a run that keeps checkpoints in folders of its parts
 
 
 class RunRecorder:
@@ -74,6 +75,10 @@ class RunRecorder:
         """A line for the person watching."""
         self.progress.message(text)
 
+    def expect(self, num_steps: int) -> None:
+        """How many steps there will be, where that is known only after the run has begun."""
+        self.progress.expect(num_steps)
+
     def sync(self) -> None:
         """Brings the rows to the disk."""
         self.run.sync()
@@ -98,6 +103,9 @@ class SilentRecorder:
         """Nothing."""
 
     def message(self, text: str) -> None:
+        """Nothing."""
+
+    def expect(self, num_steps: int) -> None:
         """Nothing."""
 
     def sync(self) -> None:
@@ -164,6 +172,8 @@ def _find(request: RunRequest, lock: FileLock) -> _Opened:
     _check_same_origin(request, rows_digest, run.record())
     checkpoint = checkpoints.latest()
     resumed_from = 0 if checkpoint is None else checkpoint.step
+    if request.steps_done is not None:
+        resumed_from = request.steps_done()
     run.rewind(resumed_from)
     notes.append(f"resuming after step {resumed_from}")
     return _Opened(run, lock, checkpoints, checkpoint, resumed_from, rows_digest, notes)

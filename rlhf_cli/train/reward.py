@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import PeftModel
+from transformers import PreTrainedModel
 
 from rlhf_cli.data.rows import mapped, rows_of_epochs
 from rlhf_cli.data.tokenise import TokenPair, collate_pairs
+from rlhf_cli.models.adapters import Adapter
 from rlhf_cli.models.recompute import recomputing
-from rlhf_cli.ops.preference_losses import bradley_terry_loss
+from rlhf_cli.ops.preference_losses import bradley_terry_loss, wins
 from rlhf_cli.rewards.model import RewardModel, score_sequences
+from rlhf_cli.settings import TrainSettings
 from rlhf_cli.train.distributed import ALONE, World
-from rlhf_cli.train.loop import Evaluation, StepBatch
+from rlhf_cli.train.loop import Evaluation, StepBatch, Task
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.train.seeding import batch_places
-from rlhf_cli.train.settings import TrainSettings
 from rlhf_cli.types import LossOutput, Preference, PreferenceBatch, Sequences
 
 EncodedPair = tuple[TokenPair, TokenPair, float]  # chosen, rejected, margin
@@ -37,7 +37,7 @@ def encode(reward_model: RewardModel, pairs: Sequence[Preference]) -> Sequence[E
     return mapped(pairs, encode_pair)
 
 
-class RewardTask:
+class RewardTask(Task):
     """loss = -(1/n) sum log sigmoid(r+ - r-), n = pairs of the step; margins on request."""
 
     def __init__(
@@ -50,10 +50,10 @@ class RewardTask:
         seed: int,
         use_margin: bool,
         world: World = ALONE,
-        adapter: PeftModel | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self.reward_model = reward_model
-        self.model = reward_model.model
+        self.model: PreTrainedModel = reward_model.model
         self.pairs = pairs
         self.validation = validation
         self.settings = settings
@@ -89,7 +89,7 @@ class RewardTask:
         return LossOutput(
             loss=bradley_terry_loss(chosen, rejected, normaliser, margin),
             metrics={
-                "rm/accuracy": _wins(difference) / normaliser,
+                "rm/accuracy": wins(difference) / normaliser,
                 "rm/margin": difference.sum() / normaliser,
             },
         )
@@ -99,22 +99,15 @@ class RewardTask:
         """Loss, accuracy and margin on the validation pairs."""
         self.model.eval()
         count = float(len(self.validation))
-        loss = wins = margin = 0.0
+        loss = correct = margin = 0.0
         for part in self._collated(self.validation[self.world.share(len(self.validation))]):
             with self.precision.autocast():
                 chosen, rejected = self._rewards(part)
             loss += float(bradley_terry_loss(chosen, rejected, count))
-            wins += float(_wins(chosen - rejected)) / count
+            correct += float(wins(chosen - rejected)) / count
             margin += float((chosen - rejected).sum()) / count
-        loss, wins, margin = self.world.sum([loss, wins, margin])
-        return Evaluation({"loss": loss, "rm/accuracy": wins, "rm/margin": margin}, score=-loss)
-
-    def state(self) -> Mapping[str, Any]:
-        """Nothing: the rows of a step are a function of the step."""
-        return {}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Nothing to take up."""
+        loss, correct, margin = self.world.sum([loss, correct, margin])
+        return Evaluation({"loss": loss, "rm/accuracy": correct, "rm/margin": margin}, score=-loss)
 
     def save(self, folder: Path) -> None:
         """Writes a Hugging Face folder."""
@@ -138,8 +131,3 @@ class RewardTask:
             batch = collate_pairs(chosen, rejected, margin, int(self.reward_model.tokenizer.pad_token_id))
             parts.append(batch.to(self.precision.device))
         return parts
-
-
-def _wins(difference: torch.Tensor) -> torch.Tensor:
-    """Pairs ranked correctly; a tie counts one half."""
-    return (difference > 0).float().sum() + 0.5 * (difference == 0).float().sum()

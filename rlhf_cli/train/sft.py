@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.data.rows import rows_of_epochs
 from rlhf_cli.data.tokenise import TokenPair, collate
+from rlhf_cli.models.adapters import Adapter, save_trained
 from rlhf_cli.models.causal import token_logprobs
-from rlhf_cli.models.lora import save_trained
 from rlhf_cli.models.recompute import recomputing
 from rlhf_cli.ops.masks import masked_sum
+from rlhf_cli.settings import TrainSettings
 from rlhf_cli.train.distributed import ALONE, World
-from rlhf_cli.train.loop import Evaluation, StepBatch
+from rlhf_cli.train.loop import Evaluation, StepBatch, Task
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.train.seeding import batch_places
-from rlhf_cli.train.settings import TrainSettings
 from rlhf_cli.types import LossOutput, Sequences
 
 
-class SftTask:
+class SftTask(Task):
     """loss = -(1/n) sum over completion tokens of log pi(y_t|x, y_<t), n = completion tokens of the step."""
 
     def __init__(
@@ -38,9 +36,9 @@ class SftTask:
         precision: Precision,
         seed: int,
         world: World = ALONE,
-        adapter: PeftModel | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
-        self.model = model
+        self.model: PreTrainedModel = model
         self.tokenizer = tokenizer
         self.rows = rows
         self.validation = validation
@@ -87,13 +85,6 @@ class SftTask:
         total, num_tokens = self.world.sum([total, count])
         loss = total / num_tokens
         return Evaluation({"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, score=-loss)
-
-    def state(self) -> Mapping[str, Any]:
-        """Nothing: the rows of a step are a function of the step."""
-        return {}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Nothing to take up."""
 
     def save(self, folder: Path) -> None:
         """Writes a Hugging Face folder."""

@@ -24,6 +24,7 @@ REQUIRED = {
     # texts longer than the embedded model has positions for
     "data=helpsteer2": ["model.max_positions=1024"],
     "data=hh-rlhf": ["model.max_positions=1024"],
+    "data=hh-rlhf_single": ["model.max_positions=1024"],
     "data=tldr": ["model.max_positions=1024"],
     "data=rewardbench": ["model.max_positions=1024", "rm.path=org/model"],
     "model=pretrained": ["model.path=org/model"],

@@ -20,10 +20,10 @@ from fixtures_config import (
 )
 from omegaconf import OmegaConf
 
-from rlhf_cli.commands.help import _GROUPS as GROUPS_OF_HELP
+from rlhf_cli.commands.help import GROUPS as GROUPS_OF_HELP
 from rlhf_cli.commands.sweep import COMMANDS
 
-NAMES = {"reviews_small": "reviews"}  # the same source in another size
+NAMES = {"reviews_small": "reviews", "hh-rlhf_single": "hh-rlhf"}  # the same source, fewer rows
 COMBINATIONS = list(product(choices("algo"), choices("rm"), choices("data")))
 
 
@@ -161,3 +161,29 @@ def test_a_resolved_config_has_no_interpolation_left():
     for command in commands():
         text = OmegaConf.to_yaml(composed(command), resolve=True)
         assert "${" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [
+        ([], 25),
+        (["algo.train.steps=7"], 7),
+        (["algo.T=9"], 9),
+        (["algo.T=9", "algo.train.steps=7"], 9),
+        (["experiment=warp_imdb", "algo.train.steps=7"], 100),
+    ],
+)
+def test_warps_members_take_as_many_steps_as_t_says_or_else_the_steps(arguments: list[str], steps: int):
+    algo = as_object(composed("train-policy", ["algo=warp", *arguments])).algo
+    assert algo.T == algo.member().train.steps == steps
+    assert algo.num_steps == 4 * steps
+
+
+@pytest.mark.parametrize("inner", [["algo.inner=reinforce"], ["algo.inner=rloo", "algo.k=2"]])
+def test_warps_members_share_rollouts_as_other_algorithms_do(inner: list[str]):
+    line = ["algo=warp", *inner, "algo.rollout_batch_size=128", "algo.num_epochs=3", "algo.clip=0.2"]
+    config = as_object(composed("train-policy", line))
+    config.check()
+    member = config.algo.member()
+    assert (member.rollout_batch_size, member.num_epochs, member.clip) == (128, 3, 0.2)
+    assert member.num_minibatches == 2 and not member.on_policy

@@ -8,21 +8,23 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from fixtures_config import CONF, choices, commands, composed, composed_now, groups, leaves, overrides, raw
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_cli.config import schema
+from rlhf_cli.algos.registry import algorithms
 from rlhf_cli.config.store import _SCHEMAS, register
 from rlhf_cli.models.settings import ModelSettings
-from rlhf_cli.train.settings import TrainSettings
+from rlhf_cli.settings import TrainSettings
 
+README = CONF.parent / "README.md"
 CHOICES = [f"{group}={choice}" for group in groups() for choice in choices(group)]
 
 # A model that is loaded has sizes of its own; what a schema says of them is not read.
@@ -91,6 +93,26 @@ def test_every_schema_is_behind_a_yaml():
     assert named == {f"{group}/{name}" for group, nodes in _SCHEMAS.items() for name in nodes}
 
 
+def test_algorithms_are_the_same_in_yaml_in_code_and_in_the_readme():
+    """A new one is a file of each; what only one of the three knows is half an algorithm."""
+    assert set(choices("algo")) == set(algorithms())
+    (row,) = re.findall(r"^\| `algo=` \|(.*)\|$", README.read_text(), flags=re.MULTILINE)
+    assert re.findall(r"`([^`]+)`", row) == choices("algo")
+    for name, kind in algorithms().items():
+        assert name == kind().name == kind.__module__.rpartition(".")[2]
+
+
+@pytest.mark.parametrize("name", choices("algo"))
+def test_an_algorithms_defaults_in_code_are_those_of_its_yaml(name: str):
+    """Code that makes one itself, without its `train`, has what a user sees."""
+    file, code = raw(CONF / "algo" / f"{name}.yaml"), algorithms()[name]()
+    for key in {field.name for field in fields(code)} - {"train"}:
+        expected = file[key]
+        if refers := re.fullmatch(r"\$\{algo\.([\w.]+)\}", str(expected)):
+            expected = reduce(dict.__getitem__, refers.group(1).split("."), file)
+        assert _plain(getattr(code, key)) == expected, key
+
+
 def test_the_training_defaults_in_code_are_those_of_the_yaml():
     """Code that makes TrainSettings itself trains with what a user sees."""
     file, code = raw(CONF / "train" / "base.yaml"), TrainSettings()
@@ -103,10 +125,24 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
+def _field_types() -> set[type]:
+    """Of every field of every schema, those of nested ones included."""
+    found: set[type] = set()
+    waiting: list[Any] = [kind for nodes in _SCHEMAS.values() for kind in nodes.values()]
+    while waiting:
+        kind = waiting.pop()
+        if get_args(kind):  # list[str], float | None
+            waiting += get_args(kind)
+        elif isinstance(kind, type) and kind not in found:
+            found.add(kind)
+            waiting += get_type_hints(kind).values() if is_dataclass(kind) else []
+    return found
+
+
 def test_enum_members_are_named_as_they_are_written():
     """OmegaConf matches names and the code passes values on."""
-    enums = [kind for kind in vars(schema).values() if isinstance(kind, type) and issubclass(kind, Enum)]
-    assert len(enums) > 5
+    enums = {kind for kind in _field_types() if issubclass(kind, Enum)}
+    assert len(enums) > 12
     for kind in enums:
         assert [member.name for member in kind] == [member.value for member in kind], kind
 

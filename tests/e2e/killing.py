@@ -106,7 +106,7 @@ def _watch(function: str, event: Callable[[str], None]) -> None:
 
 
 def _serve() -> None:
-    from rlhf_cli import runs, stages  # noqa: F401 - what every command needs
+    from rlhf_cli import stages  # noqa: F401 - what every command needs
     from rlhf_cli.commands import train  # noqa: F401
     from rlhf_cli.commands.launch import launch
 

@@ -117,6 +117,9 @@ PRESETS: dict[str, tuple[str, Any]] = {
     "rm_imdb": ("gpt2", imdb),
     "reinforce_imdb": ("gpt2", imdb),
     "reinforce_helpsteer2": ("llama", helpsteer2),
+    "dpo_hh": ("gpt2", hh),
+    "warp_imdb": ("gpt2", imdb),
+    "warp_imdb_matched": ("gpt2", imdb),
     "rloo_hh": ("gpt-neox", hh),
     "rloo_tldr": ("gpt-neox", tldr),
 }
@@ -148,16 +151,22 @@ def test_a_preset_runs(experiment: str, places: dict[str, Path], tmp_path: Path)
         "algo.train.steps=3",
         "algo.train.batch_size=8",
     ]
+    if experiment == "warp_imdb":
+        line.append("algo.T=3")
+    if "rloo" in experiment:
+        line.append("algo.rollout_batch_size=16")
     if "imdb" in experiment:
         line += [f"rm.model.path={places['distilbert']}", f"sft.path={places['gpt2']}"]
         line += ["data.num_validation_pairs=8", "data.num_test_pairs=8"]
     command = "train-rm" if experiment.startswith("rm_") else "train-policy"
     assert launch(command, line) == 0
     metrics = rows(tmp_path / "run" / "metrics.jsonl")
-    assert [row["step"] for row in metrics] == ([1, 2] if command == "train-rm" else [1, 2, 3])
+    num_steps = {"rm_imdb": 2, "warp_imdb": 2 * 2 * 3}.get(experiment, 3)
+    assert [row["step"] for row in metrics] == list(range(1, num_steps + 1))
     config = content(tmp_path / "run" / "model" / "config.json")
     kind = {"gpt2": "gpt2", "llama": "llama", "gpt-neox": "gpt_neox"}[architecture]
     assert config["model_type"] == ("distilbert" if command == "train-rm" else kind)
     summary = content(tmp_path / "run" / "summary.json")
     share = summary["parameters/trainable"] / summary["parameters/total"]
-    assert share < 0.9 if command == "train-rm" else share == 1.0, "LoRA in the reward model alone"
+    has_adapter = command == "train-rm" or experiment == "dpo_hh"
+    assert share < 0.9 if has_adapter else share == 1.0, "LoRA in the reward model, bottlenecks in DPO's policy"

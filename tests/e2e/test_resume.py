@@ -43,7 +43,9 @@ def start(cache: Path) -> Callable[..., int]:
         ("train-rm", ["rm.train.eval_every=2"]),
         ("train-policy", ["algo=reinforce", "algo.train.eval_every=4"]),
         ("train-policy", ["peft=lora", "algo.train.gradient_checkpointing=true", "algo.train.lr=1e-2"]),
-        ("train-policy", ["algo=rloo", "algo.num_minibatches=2", "algo.num_epochs=2", "algo.train.steps=12"]),
+        ("train-policy", ["peft=adapter", "algo.train.gradient_checkpointing=true", "algo.train.lr=1e-2"]),
+        ("train-policy", ["algo=rloo", "algo.rollout_batch_size=16", "algo.num_epochs=2", "algo.train.steps=12"]),
+        ("train-policy", ["algo=ppo", "algo.value_head=separate", "rm.noise=1", "algo.train.eval_every=4"]),
     ],
 )
 def test_a_crashed_run_goes_on_to_the_bit(

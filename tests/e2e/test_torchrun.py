@@ -59,7 +59,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "rm.train.eval_every=4",
         # two optimizer batches and two passes of each rollout; shares of two prompts
         "algo.train.steps=8",
-        "algo.num_minibatches=2",
+        "algo.rollout_batch_size=16",
         "algo.num_epochs=2",
         "algo.train.eval_every=4",
     ]
@@ -89,21 +89,25 @@ def test_one_process_writes_and_the_record_says_how_many_there_were(work: Path):
     assert first.keys() == second.keys() and first["samples"] == second["samples"]
 
 
-def test_three_processes_with_uneven_shares(work: Path):
-    """Eight samples are four prompts of two: shares of two, one and one; the moving baseline is of the whole batch."""
+@pytest.mark.parametrize(("algo", "steps"), [("reinforce", 5), ("ppo", 5), ("raft", 5), ("warp", 2)])
+def test_three_processes_with_uneven_shares(work: Path, algo: str, steps: int):
+    """Eight samples are four prompts of two: shares of two, one and one.
+
+    The moving baseline, the whitening of advantages and the number of tokens are of the whole batch.
+    """
     line = [
         "train-policy",
         *SMALL,
-        "algo=reinforce",
+        f"algo={algo}",
         "algo.k=2",
-        "algo.train.steps=5",
+        f"algo.train.steps={steps}",
         "algo.train.samples_every=1",
     ]
     given = [f"{name}.path={stage(work, 'cache1', name)}" for name in ("sft", "rm")]
-    ok([*line, *given, "run_dir=reinforce1"], work)
-    done = ok([*line, *given, "run_dir=reinforce3"], work, program=together(3))
-    assert_equal_figures(work / "reinforce1", work / "reinforce3")
-    assert samples(work / "reinforce1") == samples(work / "reinforce3") != []
+    ok([*line, *given, f"run_dir={algo}1"], work)
+    done = ok([*line, *given, f"run_dir={algo}3"], work, program=together(3))
+    assert_equal_figures(work / f"{algo}1", work / f"{algo}3")
+    assert samples(work / f"{algo}1") == samples(work / f"{algo}3") != []
     assert done.err.count("parameters are trained") == 1, "said once, not by each process"
 
 

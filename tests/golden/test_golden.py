@@ -21,12 +21,15 @@ RECORDS = Path(__file__).parent / "golden.json"
 # Other builds of torch sum in another order; a wrong sign or factor is off by far more.
 TOLERANCE = 2e-3
 STEPS = 4
-KEYS = ("loss", "grad_norm", "reward/mean", "kl/k1", "rm/accuracy", "eval/loss", "eval/reward/mean")
+NUM_ROWS = {"policy-warp": 2 * 2 * 3}
+KEYS = ("loss", "grad_norm", "reward/mean", "kl/k1", "rm/accuracy", "value/loss", "eval/loss", "eval/reward/mean")
 
 RUNS = {
     "sft": ("train-sft", []),
     "rm-scalar": ("train-rm", [f"rm.train.steps={STEPS}"]),
     **{f"policy-{algo}": ("train-policy", [f"algo={algo}"]) for algo in group_choices("algo")},
+    # 2 iterations of 2 members; from the second step of one on its KL is to an anchor that has moved
+    "policy-warp": ("train-policy", ["algo=warp", "algo.train.steps=3", "algo.mu=0.3"]),
     "policy-rloo-two-epochs": ("train-policy", ["algo=rloo", "algo.num_epochs=2", "algo.clip=0.2"]),
 }
 
@@ -52,7 +55,7 @@ def test_a_golden_run_gives_the_recorded_numbers(name: str, cache: Path, tmp_pat
     assert launch(command, arguments) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     found = [{key: row[key] for key in KEYS if key in row} for row in rows]
-    assert len(found) == STEPS
+    assert len(found) == NUM_ROWS.get(name, STEPS)
     if os.environ.get("RLHF_RECORD_GOLDEN") == "1":
         _record(name, found)
     recorded = json.loads(RECORDS.read_text())["runs"][name]

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from rlhf_cli import build
+from rlhf_cli.algos.rloo import Rloo
 from rlhf_cli.config.schema import (
     LoggerConfig,
-    RlooConfig,
     RmConfig,
     RolloutConfig,
     RunConfig,
@@ -35,9 +35,9 @@ from rlhf_cli.models.loading import build_tiny, classifier_from_lm
 from rlhf_cli.models.settings import ModelSettings
 from rlhf_cli.models.tokenizer import train_tokenizer
 from rlhf_cli.rewards.model import RewardFormat, RewardModel
-from rlhf_cli.runs import Job
+from rlhf_cli.runs.job import Job
+from rlhf_cli.settings import TrainSettings
 from rlhf_cli.train.precision import Precision
-from rlhf_cli.train.settings import TrainSettings
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -181,7 +181,7 @@ def run_config(folder: Path, command: str = "train-policy") -> RunConfig:
         command=command,
         name="test",
         run_dir=str(folder / "run"),
-        algo=RlooConfig(name="rloo", k=2, train=TrainSettings(**train)),
+        algo=Rloo(k=2, train=TrainSettings(**train)),
         rm=RmConfig(name="scalar", model=tiny_settings(), train=TrainSettings(**train), standardize_samples=8),
         data=ReviewsSettings(
             name="reviews",

@@ -19,24 +19,22 @@ from fixtures_models import (
 )
 
 from rlhf_cli import build
-from rlhf_cli.algos.reinforce import Reinforce
+from rlhf_cli.algos.base import ValueHead
+from rlhf_cli.algos.ppo import Ppo
 from rlhf_cli.algos.rloo import Rloo
+from rlhf_cli.algos.vanilla_pg import VanillaPg
 from rlhf_cli.config.schema import (
-    AlgoConfig,
-    BaselineForm,
-    BaselineUpdate,
     Device,
     LoggerConfig,
     PrecisionConfig,
     PrecisionName,
-    ReinforceConfig,
-    RlooConfig,
     RmInit,
     WandbConfig,
 )
 from rlhf_cli.data import reviews
 from rlhf_cli.data.settings import DataSettings, JsonlSettings, ReviewsSettings
 from rlhf_cli.errors import RequestError
+from rlhf_cli.models.critic import SeparateCritic, SharedCritic
 from rlhf_cli.models.loading import save_model
 from rlhf_cli.models.settings import LearningRates
 from rlhf_cli.models.tokenizer import PAD_TOKEN
@@ -210,37 +208,24 @@ class TestRewardModel:
         assert reward.model.get_input_embeddings().weight.shape[0] == len(tokenizer) + 1
 
 
-class TestAlgorithm:
-    def test_rloo(self) -> None:
-        config = RlooConfig(name="rloo", k=3, beta=0.2, num_epochs=2, clip=0.3)
-        assert build.algorithm(config) == Rloo(samples_per_prompt=3, beta=0.2, on_policy=False, clip=0.3)
-        assert build.algorithm(RlooConfig()) == Rloo(samples_per_prompt=4, beta=0.1, on_policy=True, clip=None)
+class TestCritic:
+    def test_an_algorithm_without_use_for_one_has_none(self) -> None:
+        assert build.critic(Rloo(), tiny_lm(), "/not/read", 0) is None
 
-    def test_reinforce(self) -> None:
-        config = ReinforceConfig(
-            k=2,
-            beta=0.0,
-            num_minibatches=2,
-            baseline=BaselineForm.mean,
-            alpha=0.5,
-            bias_correction=True,
-            baseline_update=BaselineUpdate.before,
-        )
-        expected = Reinforce(
-            samples_per_prompt=2,
-            beta=0.0,
-            on_policy=False,
-            clip=None,
-            baseline="mean",
-            alpha=0.5,
-            bias_correction=True,
-            baseline_update="before",
-        )
-        assert build.algorithm(config) == expected
+    def test_a_shared_one_is_a_head_on_the_policy(self) -> None:
+        critic = build.critic(Ppo(), tiny_lm(), "/not/read", 0)
+        assert type(critic) is SharedCritic
+        assert [name for name, _ in critic.named_parameters()] == ["head.linear.weight", "head.linear.bias"]
 
-    def test_a_config_without_an_algorithm(self) -> None:
-        with pytest.raises(AssertionError, match="no algorithm for AlgoConfig"):
-            build.algorithm(AlgoConfig())
+    def test_a_separate_one_starts_from_the_sft_model(self, tmp_path: Path) -> None:
+        sft = tiny_lm(seed=3)
+        save_model(sft, byte_tokenizer(), tmp_path / "sft")
+        critic = build.critic(VanillaPg(value_head=ValueHead.separate), tiny_lm(), str(tmp_path / "sft"), 0)
+        assert type(critic) is SeparateCritic
+        own, given = dict(critic.backbone.named_parameters()), dict(sft.base_model.named_parameters())
+        assert own.keys() == given.keys()
+        assert all(torch.equal(own[name], given[name]) for name in given)
+        assert not {id(p) for p in own.values()} & {id(p) for p in given.values()}
 
 
 class TestTracker:

@@ -18,10 +18,10 @@ from fixtures_models import (
 from rlhf_cli import stages
 from rlhf_cli.config.schema import PrecisionConfig, PrecisionName, RmInit, RunConfig, Standardize
 from rlhf_cli.models.loading import save_model
-from rlhf_cli.models.settings import LearningRates
-from rlhf_cli.runs import Artifact
+from rlhf_cli.models.settings import LearningRates, PeftSettings
+from rlhf_cli.runs.job import Artifact
+from rlhf_cli.settings import Schedule, Select, TrainSettings
 from rlhf_cli.stages import StageKey, file_digest, rm_key, sft_key
-from rlhf_cli.train.settings import Schedule, Select, TrainSettings
 
 
 def keys(config: RunConfig) -> tuple[str, str]:
@@ -106,6 +106,7 @@ TRAINING = {
     "lr": 2e-3,
     "schedule": Schedule.constant,
     "warmup_ratio": 0.5,
+    "warmup_steps": 1,
     "min_lr_ratio": 0.5,
     "weight_decay": 0.1,
     "beta1": 0.8,
@@ -136,6 +137,33 @@ class TestDigest:
         set_key(config, f"{stage}.train.{name}", TRAINING[name])
         after = keys(config)
         assert (after[0] != before[0], after[1] != before[1]) == (stage == "sft", True)
+
+    @pytest.mark.parametrize(
+        ("name", "used"),
+        [
+            ("none", set()),
+            ("lora", {"r", "alpha", "dropout", "target_modules"}),
+            ("adapter", {"variant", "bottleneck"}),
+        ],
+    )
+    def test_the_settings_that_the_kind_of_adapter_uses(self, name: str, used: set[str], tmp_path: Path) -> None:
+        others = {"r": 1, "alpha": 1.0, "dropout": 0.5, "target_modules": ["x"]}
+        others |= {"variant": "replace", "bottleneck": 1}
+        assert {field.name for field in fields(PeftSettings)} == {"name", *others}
+        changed = set()
+        for key, value in others.items():
+            config = run_config(tmp_path)
+            config.rm.peft.name = name
+            before = keys(config)[1]
+            set_key(config, f"rm.peft.{key}", value)
+            changed |= {key} if keys(config)[1] != before else set()
+        assert changed == used
+
+    def test_warm_up_by_ratio_has_the_digest_it_had_before_there_were_steps(self, tmp_path: Path) -> None:
+        job = make_job(run_config(tmp_path))
+        sft = sft_key(job)
+        for key in (sft, rm_key(job, Artifact("anywhere", sft.digest))):
+            assert not [name for name in key.parts if "warmup_steps" in name]
 
     def test_no_setting_of_the_training_is_left_out(self) -> None:
         assert {field.name for field in fields(TrainSettings)} == {

@@ -33,7 +33,8 @@ from rlhf_cli.errors import RequestError
 from rlhf_cli.models.loading import load_causal_lm, save_model
 from rlhf_cli.rewards.model import load_reward_model
 from rlhf_cli.rollout.engine import Sampling, generate
-from rlhf_cli.runs import Artifact, Job, RewardOfRollout
+from rlhf_cli.runs.job import Artifact, Job
+from rlhf_cli.runs.scoring import RewardOfRollout
 from rlhf_cli.stages import file_digest, resolve_rm, resolve_sft, rm_key, sft_key
 from rlhf_cli.train.seeding import derive_seed
 from rlhf_cli.types import PromptBatch

@@ -11,6 +11,7 @@ import pytest
 from rlhf_cli.commands.eval import _flat_summary, _named, _run_name, _Subject, _subject
 from rlhf_cli.errors import RequestError
 from rlhf_cli.evaluation.statistics import Estimate
+from rlhf_cli.runs.job import Artifact
 
 
 def subjects(*pairs: tuple[str, str]) -> list[_Subject]:
@@ -62,7 +63,8 @@ def run_folder(folder: Path, record: dict[str, object] | None) -> Path:
 def test_a_run_folder_says_its_name_and_what_is_behind_it(tmp_path: Path):
     upstream = {"sft": {"path": "/models/sft", "digest": "1"}, "rm": {"path": "/models/rm", "digest": "2"}}
     folder = run_folder(tmp_path / "a", {"name": "rloo", "upstream": upstream})
-    expected = _Subject("rloo", str(folder / "model"), {"sft": "/models/sft", "rm": "/models/rm"})
+    behind = {"sft": Artifact("/models/sft", "1"), "rm": Artifact("/models/rm", "2")}
+    expected = _Subject("rloo", str(folder / "model"), behind)
     assert _subject(str(folder)) == expected
 
 
@@ -88,12 +90,12 @@ def test_what_is_behind_a_policy_is_found_from_another_folder(tmp_path: Path, mo
     (folder / ".hydra" / "hydra.yaml").write_text(f"hydra: {{runtime: {{cwd: {started}}}}}\n")
     here.mkdir()
     monkeypatch.chdir(here)
-    assert _subject("../started/run").upstream == {"sft": str(started / "cache" / "sft" / "model")}
+    assert _subject("../started/run").upstream["sft"].path == str(started / "cache" / "sft" / "model")
     run_folder(here / "cache" / "sft", None)  # another model of the same relative path
-    assert _subject("../started/run").upstream == {"sft": str(started / "cache" / "sft" / "model")}
+    assert _subject("../started/run").upstream["sft"].path == str(started / "cache" / "sft" / "model")
     started.rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path / "moved")
-    assert _subject("run").upstream == {"sft": "cache/sft/model"}
+    assert _subject("run").upstream == {"sft": Artifact("cache/sft/model", "1")}
 
 
 def test_the_name_in_a_record_or_the_folders(tmp_path: Path):
@@ -122,3 +124,20 @@ def test_a_summary_is_flat():
         "rm/ece_hi": 1.0,
     }
     assert all(math.isfinite(number) for number in flat.values())
+
+
+@pytest.mark.parametrize("place", ["front/eta-0.5", "members/i1-m2", "iterations/1/merged"])
+def test_a_model_inside_a_run_is_known_by_the_run(tmp_path: Path, place: str):
+    upstream = {"sft": {"path": "/models/sft", "digest": "1"}}
+    run = run_folder(tmp_path / "a", {"name": "warp", "upstream": upstream})
+    inner = run / place
+    inner.mkdir(parents=True)
+    (inner / "config.json").write_text("{}")
+    found = _subject(str(inner))
+    assert found == _Subject(f"warp-{inner.name}", str(inner), {"sft": Artifact("/models/sft", "1")})
+
+
+def test_a_run_beside_others_is_not_taken_for_a_part_of_one(tmp_path: Path):
+    run_folder(tmp_path, {"name": "sweep", "upstream": {}})
+    inner = run_folder(tmp_path / "other" / "b", None)
+    assert _subject(str(inner)).name == "b"

@@ -192,3 +192,53 @@ def test_a_table_that_cannot_be_written_is_one_line(
     monkeypatch.setattr(module, "collect", full)
     assert sweep(["train-sft"]) == FAILED
     assert capsys.readouterr().err == "rlhf: failed: [Errno 28] No space left on device: 'sweep.csv'\n"
+
+
+def front(reward: float) -> dict[str, float]:
+    found = {}
+    for eta in ("0", "0.5", "1"):
+        for figure in ("reward/mean", "kl/full"):
+            value = reward * float(eta)
+            found |= {
+                f"front/eta-{eta}/{figure}": value,
+                f"front/eta-{eta}/{figure}_lo": value - 1,
+                f"front/eta-{eta}/{figure}_hi": value + 1,
+            }
+    return found
+
+
+def test_fronts_are_lines_over_eta_and_means_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    points: list[Any] = []
+    monkeypatch.setattr(module, "reward_vs_kl", lambda path, found, title: points.extend(found))
+    for number, (mu, seed, reward) in enumerate([("0.1", 0, 2.0), ("0.1", 1, 4.0), ("0.5", 0, 8.0)]):
+        write_job(tmp_path, number, [f"algo.mu={mu}", f"seed={seed}"], seed, front(reward), {"status": "finished"})
+    assert collect(tmp_path) == OK
+    assert [(point.series, point.label) for point in points] == [
+        (series, eta) for series in ("mu=0.1", "mu=0.5") for eta in ("0", "0.5", "1")
+    ]
+    assert [point.reward.value for point in points] == [0.0, 1.5, 3.0, 0.0, 4.0, 8.0]
+    assert (points[2].reward.n, points[5].reward.n) == (2, 1)
+    # the one run of mu=0.5 has the interval over its prompts
+    assert (points[5].kl.lo, points[5].kl.hi) == (7.0, 9.0) and points[2].reward.lo < 0 < points[2].reward.hi
+    assert all(point.gold is None for point in points)
+    with (tmp_path / "summary.csv").open() as stream:
+        first = next(iter(csv.DictReader(stream)))
+    # the ends are of the mean over seeds, and not a mean of the ends over prompts, which would be 2 and 4
+    assert float(first["front/eta-1/kl/full"]) == 3.0 and float(first["front/eta-1/kl/full_lo"]) < 0
+    assert not any(name.endswith(("_lo_lo", "_hi_hi")) for name in first)
+
+
+def test_a_sweep_without_fronts_draws_none(folder: Path):
+    collect(folder)
+    assert not (folder / "plots" / "front.png").exists()
+
+
+@pytest.mark.parametrize(("second", "is_shown"), [(6400, False), (0, True)])
+def test_a_budget_is_shown_where_jobs_differ_in_it(
+    tmp_path: Path, second: int, is_shown: bool, capsys: pytest.CaptureFixture[str]
+):
+    for number, samples in enumerate((6400, second)):
+        summary = {"reward/mean": 1.0, "samples_generated": samples}
+        write_job(tmp_path, number, [f"algo.beta={number}"], 0, summary, {"status": "finished"})
+    collect(tmp_path)
+    assert ("samples_generated" in capsys.readouterr().out.replace("\n", "")) == is_shown

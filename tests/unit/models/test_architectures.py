@@ -27,7 +27,7 @@ from rlhf_cli.models.loading import (
     max_positions,
     save_model,
 )
-from rlhf_cli.models.lora import WithoutAdapter, add_lora, merged
+from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.settings import PeftSettings
 from rlhf_cli.rewards.model import RewardModel, load_reward_model, score_sequences
 from rlhf_cli.rollout.engine import Sampling, generate
@@ -297,11 +297,11 @@ def test_a_reference_whose_adapter_is_off_has_the_same_tokens(name: str, tmp_pat
     DECODERS[name].write_lm(tmp_path / "model", extra_rows=9)
     model, tokenizer = load_causal_lm("model.path", str(tmp_path / "model"), CPU)
     model.get_output_embeddings().weight.data[len(tokenizer) :] *= 30
-    handle = add_lora("peft", model, PeftSettings(name="lora", target_modules="all-linear"), "base", 0)
+    adapter = add_lora("peft", model, PeftSettings(name="lora", target_modules="all-linear"), "base", 0)
     rollout = rollout_of((model, tokenizer))
     assert max(max(row) for row in rollout.completion_ids) < len(tokenizer)
-    assert not full_kls(model, WithoutAdapter(handle), rollout.sequences, 1.0, 4).any()
-    whole = merged(handle)
+    assert not full_kls(model, adapter.off(), rollout.sequences, 1.0, 4).any()
+    whole = adapter.merged()
     assert not full_kls(whole, model, rollout.sequences, 1.0, 4).any()
 
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rlhf_cli.ops.masks import is_eos, last_true, masked_sum
+from rlhf_cli.ops.masks import is_contiguous, is_eos, is_last_true, last_true, masked_sum, zero_outside
 
 NAN = float("nan")
 
@@ -52,3 +52,25 @@ def test_last_true_by_hand():
 def test_last_true_refuses_a_row_without_a_token():
     with pytest.raises(AssertionError):
         last_true(torch.tensor([[True, False], [False, False]]))
+
+
+def test_is_last_true_by_hand_and_its_agreement_with_the_index():
+    mask = torch.tensor([[True, True, False], [True, False, True], [False, True, False], [False, False, False]])
+    expected = [[False, True, False], [False, False, True], [False, True, False], [False, False, False]]
+    assert is_last_true(mask).tolist() == expected
+    assert is_last_true(mask[:3]).int().argmax(-1).tolist() == last_true(mask[:3]).tolist()
+
+
+def test_only_a_gap_breaks_a_mask():
+    for row in ([True, True, False], [False, True, True], [False, True, False], [False, False, False], [True] * 3):
+        assert is_contiguous(torch.tensor([row]))
+    assert not is_contiguous(torch.tensor([[True, False, True]]))
+    assert not is_contiguous(torch.tensor([[True, True, True, True], [True, False, False, True]]))
+
+
+def test_zero_outside_cuts_values_and_gradients():
+    values = torch.tensor([1.0, NAN, math.inf], requires_grad=True)
+    kept = zero_outside(values, torch.tensor([True, False, False]))
+    assert kept.tolist() == [1.0, 0.0, 0.0]
+    kept.sum().backward()
+    assert values.grad.tolist() == [1.0, 0.0, 0.0]

@@ -387,3 +387,17 @@ assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
     assert (tmp_path / "x.png").exists()
+
+
+def test_the_parts_of_a_run_are_lines_of_their_own(drawn: list[Figure], tmp_path: Path) -> None:
+    rows = [
+        {"step": step, "kl/k1": float(step % 20), "warp/iteration": 1, "warp/member": 1 + step // 20}
+        for step in range(60)
+    ]
+    training_curves(tmp_path / "x.png", rows, ["kl/k1"])
+    (axes,) = drawn[0].axes
+    assert [list(line.get_xdata()) for line in axes.lines[::2]] == [
+        list(range(20 * i, 20 * i + 20)) for i in range(3)
+    ]
+    smooth = axes.lines[3].get_ydata()
+    assert smooth[0] < 3, "the average of the second part has nothing of the first one's end"

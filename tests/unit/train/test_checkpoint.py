@@ -17,8 +17,8 @@ from rlhf_cli.train.checkpoint import (
     damage,
     model_tensors,
     optimizer_tensors,
-    restore_model,
     restore_optimizer,
+    restore_tensors,
     save_batch,
 )
 from rlhf_cli.types import Sequences
@@ -74,7 +74,7 @@ def test_a_run_taken_up_again_goes_on_to_the_bit(checkpoints: Checkpoints):
     other, other_optimizer = trained(1, 0)
     loaded = checkpoints.latest()
     assert loaded is not None
-    restore_model(other, loaded.tensors)
+    restore_tensors(model_tensors(other), loaded.tensors)
     restore_optimizer(other_optimizer, loaded.tensors)
     for step in range(3, 6):
         one_step(model, optimizer, step)
@@ -122,6 +122,28 @@ def test_a_damaged_newest_one_is_reported_and_the_one_before_is_used(
     assert latest.step == 1
     assert len(reports) == 1
     assert "step-2" in reports[0]
+
+
+def test_the_newest_step_is_that_of_the_newest_whole_one_and_reads_no_tensors(
+    checkpoints: Checkpoints, reports: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    assert checkpoints.newest_step() is None
+    for step in (9, 10):  # as numbers, not as names
+        checkpoints.save(saved(step))
+    for left in (".step-11.building", ".best-9.building"):
+        (checkpoints.folder / left).mkdir()
+
+    def load(file: Path) -> None:
+        pytest.fail(f"{file} was loaded")
+
+    monkeypatch.setattr(module, "load_file", load)
+    assert checkpoints.newest_step() == 10
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step-10", "step-9"]
+    (checkpoints.folder / "step-10" / "tensors.safetensors").write_bytes(b"short")
+    assert checkpoints.newest_step() == 9
+    assert len(reports) == 1 and "step-10" in reports[0]
+    (checkpoints.folder / "step-9" / "digests.json").unlink()
+    assert checkpoints.newest_step() is None
 
 
 @pytest.mark.parametrize("keep", [1, 2])

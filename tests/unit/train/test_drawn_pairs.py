@@ -7,9 +7,9 @@ from typing import Any
 from fixtures_models import FP32, reward_model
 
 from rlhf_cli.data.rows import Drawn, rows_of_epoch
+from rlhf_cli.settings import TrainSettings
 from rlhf_cli.train.reward import RewardTask, encode
 from rlhf_cli.train.seeding import epoch_order
-from rlhf_cli.train.settings import TrainSettings
 from rlhf_cli.types import Preference
 
 

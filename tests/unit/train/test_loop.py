@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rlhf_cli.data.tokenise import encode_examples
-from rlhf_cli.train.loop import Evaluation, StepBatch, TrainingDivergedError, fit
+from rlhf_cli.settings import Schedule, Select, TrainSettings
+from rlhf_cli.train.loop import Evaluation, StepBatch, Task, TrainingDivergedError, fit
 from rlhf_cli.train.precision import Precision
-from rlhf_cli.train.settings import Schedule, Select, TrainSettings
 from rlhf_cli.train.sft import SftTask
 from rlhf_cli.types import Example, LossOutput
 
@@ -36,7 +36,7 @@ class Recording:
         self.messages.append(text)
 
 
-class Toy:
+class Toy(Task):
     """loss = sum(w * x) / n with w of two numbers: the gradient is the sum of the x, over n."""
 
     def __init__(self, micro_batches=((1.0, 1.0),), normaliser=1.0, scores=None, half=False):

@@ -5,23 +5,30 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from fixtures_policy import make_critic
 
+from rlhf_cli.algos.base import ValueHead
+from rlhf_cli.algos.ppo import Ppo
+from rlhf_cli.algos.raft import Raft
 from rlhf_cli.algos.reinforce import Reinforce
 from rlhf_cli.algos.rloo import Rloo
+from rlhf_cli.algos.vanilla_pg import VanillaPg
 from rlhf_cli.data.tokenise import encode_examples
 from rlhf_cli.models.loading import classifier_from_lm
 from rlhf_cli.rewards.model import RewardFormat, RewardModel
 from rlhf_cli.rollout.engine import Sampling
-from rlhf_cli.train.policy import PolicyPlan, PolicyTask
+from rlhf_cli.settings import KlEstimator, KlPlacement, KlSettings, TrainSettings
+from rlhf_cli.train.policy import PolicyTask
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.train.reward import RewardTask, encode
-from rlhf_cli.train.settings import TrainSettings
 from rlhf_cli.train.sft import SftTask
 from rlhf_cli.types import Example, Preference, Scores
 
+REWARD_K1 = KlSettings()
 FP32 = Precision("fp32", torch.device("cpu"))
 N = 8
 
@@ -70,7 +77,7 @@ def _assert_same_in_parts(build, num_parts):
         assert metrics == pytest.approx(whole_metrics, abs=1e-5)
 
 
-def _policy_task(model, tokenizer, algorithm, micro_batch_size):
+def _policy_task(model, tokenizer, algorithm, micro_batch_size, kl=REWARD_K1):
     model.generation_config.eos_token_id = [1, 4, 13]
 
     def reward(rollout):
@@ -81,26 +88,25 @@ def _policy_task(model, tokenizer, algorithm, micro_batch_size):
     settings = TrainSettings(batch_size=N, micro_batch_size=micro_batch_size)
     reference = copy.deepcopy(model)
     sampling = Sampling(6)
-    plan = PolicyPlan()
     return PolicyTask(
         model,
         reference,
         tokenizer,
-        algorithm,
+        replace(algorithm, train=settings),
         reward,
         None,
         prompts,
         prompts,
         16,
         sampling,
-        settings,
-        plan,
         FP32,
         0,
+        kl=kl,
+        critic=make_critic(algorithm, model, head_std=0.5),
     )
 
 
-@pytest.mark.parametrize("algorithm", [Reinforce(on_policy=True), Rloo(2), Rloo(4, on_policy=False, clip=0.2)])
+@pytest.mark.parametrize("algorithm", [Reinforce(), Rloo(k=2), Rloo(k=4, num_epochs=2, clip=0.2)])
 def test_policy(make_model, word_tokenizer, algorithm):
     def build(size):
         return _policy_task(make_model(), word_tokenizer, algorithm, size)
@@ -109,6 +115,27 @@ def test_policy(make_model, word_tokenizer, algorithm):
     _, metrics, batch = _step(build(1))
     assert batch.normaliser == N  # sequences
     assert metrics["ratio/mean"] == 1.0
+
+
+@pytest.mark.parametrize("kl", [REWARD_K1, KlSettings(KlPlacement.loss, KlEstimator.k2)], ids=["reward", "loss"])
+@pytest.mark.parametrize(
+    "algorithm",
+    [VanillaPg(), VanillaPg(value_head=ValueHead.separate, whiten=True), Ppo(), Ppo(k=2, lam=0.5), Raft(k=2)],
+    ids=["vanilla_pg", "separate", "ppo", "ppo of two", "raft"],
+)
+def test_policies_that_are_normalised_by_tokens(make_model, word_tokenizer, algorithm, kl):
+    def build(size):
+        task = _policy_task(make_model(), word_tokenizer, algorithm, size, kl)
+        with torch.no_grad():  # away from the reference, so that the KL has a gradient
+            for parameter in task.reference.parameters():
+                parameter.mul_(0.8)
+        return task
+
+    rows = N // 2 if algorithm.name == "raft" else N
+    _assert_same_in_parts(build, {1: rows, 2: rows // 2, 3: -(-rows // 3), N: 1})
+    _, metrics, batch = _step(build(1))
+    assert batch.normaliser == sum(int(micro.sequences.completion_mask.sum()) for micro in batch.micro_batches)
+    assert ("kl/loss" in metrics) == (kl.placement is KlPlacement.loss)
 
 
 EXAMPLES = [Example(_text(i, 1 + i % 3), _text(2 * i + 1, 1 + (5 * i) % 7)) for i in range(N)]

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from rlhf_cli.settings import Schedule, TrainSettings
 from rlhf_cli.train.optim import build_optimizer, lr_factor
-from rlhf_cli.train.settings import Schedule, TrainSettings
 
 
 def _factors(num_steps, **settings):
@@ -97,3 +97,11 @@ def test_frozen_parameters_are_left_out():
     assert {id(p) for p in held} == {id(p) for p in model[1].parameters()}
     model[1].bias.requires_grad_(False)
     assert len(build_optimizer(model, TrainSettings()).param_groups) == 1
+
+
+def test_warm_up_in_steps_goes_before_the_ratio():
+    factors = _factors(6, schedule=Schedule.constant, warmup_ratio=1.0, warmup_steps=3)
+    assert factors == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1])
+    assert _factors(3, schedule=Schedule.constant, warmup_steps=0) == [1.0] * 3
+    # longer than the run: it never comes to the peak
+    assert _factors(2, schedule=Schedule.linear, warmup_steps=4) == pytest.approx([0.25, 0.5])

@@ -4,87 +4,22 @@ import math
 
 import pytest
 import torch
+from fixtures_policy import MAX_NEW, PROMPTS, STOPS, N, completions, constant_reward, policy_task, train
 
 from rlhf_cli.algos.reinforce import Reinforce
 from rlhf_cli.algos.rloo import Rloo
-from rlhf_cli.models.causal import sequence_logprobs
+from rlhf_cli.models.causal import sequence_logprobs, token_logprobs
 from rlhf_cli.rollout.engine import Sampling
-from rlhf_cli.train.loop import fit
-from rlhf_cli.train.policy import PolicyPlan, PolicyTask
-from rlhf_cli.train.precision import Precision
-from rlhf_cli.train.settings import Schedule, TrainSettings
-from rlhf_cli.types import Scores
-
-FP32 = Precision("fp32", torch.device("cpu"))
-PROMPTS = tuple(" ".join(f"t{(5 * i + j) % 20 + 2}" for j in range(1 + 3 * i % 7)) for i in range(10))
-MAX_NEW, N = 6, 8
-STOPS = [1, 4, 13]  # likely enough for completions of all lengths
-
-
-def _reward(rollout):
-    """Some function of the tokens, of mean about 0."""
-    raw = torch.tensor([float(sum(ids) % 11) for ids in rollout.completion_ids])
-    return Scores(reward=(raw - 5) / 3, raw=raw)
-
-
-def _constant_reward(rollout):
-    return Scores(reward=torch.full((len(rollout),), 0.1), raw=torch.zeros(len(rollout)))
-
-
-def _task(model, tokenizer, algorithm=None, reward=_reward, plan=None, gold=None, temperature=1.0, **settings):
-    model.generation_config.eos_token_id = STOPS
-    defaults = {"batch_size": N, "lr": 1e-2, "schedule": Schedule.constant, "warmup_ratio": 0.0}
-    return PolicyTask(
-        model,
-        copy.deepcopy(model),
-        tokenizer,
-        algorithm or Rloo(2, beta=0.1),
-        reward,
-        gold,
-        PROMPTS,
-        PROMPTS[:4],
-        16,
-        Sampling(MAX_NEW, temperature),
-        TrainSettings(**{**defaults, **settings}),
-        plan or PolicyPlan(),
-        FP32,
-        seed=3,
-    )
-
-
-def _completions(micro):
-    """Tokens of each completion."""
-    counts = micro.sequences.completion_mask
-    return [row[mask].tolist() for row, mask in zip(micro.sequences.ids, counts, strict=True)]
-
-
-class _Rows(list):
-    """Keeps the rows of metrics.jsonl."""
-
-    def metrics(self, step, row):
-        self.append(row)
-
-    def samples(self, step, rows):
-        pass
-
-    def message(self, text):
-        pass
-
-
-def _fit(task, folder, num_steps):
-    folder.mkdir(exist_ok=True)
-    rows = _Rows()
-    fit(task, task.settings, num_steps, folder, rows, FP32, seed=3)
-    return rows
+from rlhf_cli.settings import KlEstimator, KlPlacement, KlSettings
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 4, 3, 1])
-@pytest.mark.parametrize("algorithm", [Rloo(2), Rloo(4, on_policy=False, clip=0.2), Reinforce()])
+@pytest.mark.parametrize("algorithm", [Rloo(k=2), Rloo(k=4, num_epochs=2, clip=0.2), Reinforce()])
 def test_step_0_has_no_kl_and_a_ratio_of_one_exactly(
     make_model, word_tokenizer, tmp_path, algorithm, micro_batch_size
 ):
-    task = _task(make_model(), word_tokenizer, algorithm, micro_batch_size=micro_batch_size, temperature=0.9)
-    (row,) = _fit(task, tmp_path, 1)
+    task = policy_task(make_model(), word_tokenizer, algorithm, micro_batch_size=micro_batch_size, temperature=0.9)
+    (row,) = train(task, tmp_path, 1)
     assert row["kl/k1"] == 0.0
     assert row["ratio/mean"] == 1.0
     assert row["ratio/max"] == 1.0
@@ -96,7 +31,7 @@ def test_step_0_has_no_kl_and_a_ratio_of_one_exactly(
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
 def test_policy_and_reference_are_scored_in_the_shapes_of_training(make_llama, word_tokenizer, micro_batch_size):
     # another shape may choose another kernel, which rounds in another way
-    task = _task(make_llama(), word_tokenizer, micro_batch_size=micro_batch_size)
+    task = policy_task(make_llama(), word_tokenizer, micro_batch_size=micro_batch_size)
     shapes = {}
     for name, model in (("policy", task.model), ("reference", task.reference)):
         seen = shapes[name] = []
@@ -110,21 +45,21 @@ def test_policy_and_reference_are_scored_in_the_shapes_of_training(make_llama, w
 
 
 def test_each_rollout_has_noise_of_its_own(make_llama, word_tokenizer):
-    task = _task(make_llama(), word_tokenizer, batch_size=2 * len(PROMPTS))  # every prompt in every step
+    task = policy_task(make_llama(), word_tokenizer, batch_size=2 * len(PROMPTS))  # every prompt in every step
     drawn = []
     for step in (0, 1):
         (micro,) = task.batch(step).micro_batches
         is_prompt = micro.sequences.attention_mask & ~micro.sequences.completion_mask
         prompts = [tuple(ids[mask].tolist()) for ids, mask in zip(micro.sequences.ids, is_prompt, strict=True)]
-        drawn.append(dict(zip(prompts, _completions(micro), strict=True)))
+        drawn.append(dict(zip(prompts, completions(micro), strict=True)))
     assert drawn[0].keys() == drawn[1].keys() and len(drawn[0]) == len(PROMPTS)
     assert sum(drawn[0][prompt] != drawn[1][prompt] for prompt in drawn[0]) > 7
 
 
 def test_the_reference_stays_and_the_kl_grows(make_llama, word_tokenizer, tmp_path):
-    task = _task(make_llama(), word_tokenizer)
+    task = policy_task(make_llama(), word_tokenizer)
     before = {name: p.clone() for name, p in task.reference.named_parameters()}
-    rows = _fit(task, tmp_path, 3)
+    rows = train(task, tmp_path, 3)
     assert all(torch.equal(p, before[name]) for name, p in task.reference.named_parameters())
     assert not any(p.requires_grad or p.grad is not None for p in task.reference.parameters())
     assert rows[0]["kl/k1"] == 0.0 and abs(rows[2]["kl/k1"]) > 1e-3
@@ -136,9 +71,8 @@ def test_the_reference_stays_and_the_kl_grows(make_llama, word_tokenizer, tmp_pa
 
 
 def test_a_second_pass_over_a_rollout_is_off_policy(make_model, word_tokenizer, tmp_path):
-    plan = PolicyPlan(num_epochs=2)
-    task = _task(make_model(), word_tokenizer, Rloo(2, on_policy=False), plan=plan, micro_batch_size=4)
-    first, second, third = _fit(task, tmp_path, 3)
+    task = policy_task(make_model(), word_tokenizer, Rloo(k=2, num_epochs=2), micro_batch_size=4)
+    first, second, third = train(task, tmp_path, 3)
     assert first["ratio/mean"] == first["ratio/max"] == 1.0
     assert second["ratio/max"] != 1.0 and abs(second["ratio/mean"] - 1) > 1e-4
     assert third["ratio/mean"] == third["ratio/max"] == 1.0
@@ -147,9 +81,42 @@ def test_a_second_pass_over_a_rollout_is_off_policy(make_model, word_tokenizer, 
     assert second["reward/mean"] == first["reward/mean"] != third["reward/mean"]
 
 
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_the_kl_in_the_loss_of_a_second_pass_counts_by_the_ratio(
+    make_llama, word_tokenizer, tmp_path, micro_batch_size
+):
+    held = KlSettings(KlPlacement.loss, KlEstimator.k2)
+    task = policy_task(
+        make_llama(),
+        word_tokenizer,
+        Rloo(k=2, beta=0.4, num_epochs=2),
+        more={"kl": held},
+        micro_batch_size=micro_batch_size,
+        lr=3e-2,
+    )
+    train(task, tmp_path, 1)
+    batch = task.batch(1)
+    outputs = [task.loss(micro, batch.normaliser) for micro in batch.micro_batches]
+    sum(output.loss for output in outputs).backward()
+    found = {name: p.grad.clone() for name, p in task.model.named_parameters()}
+    task.model.zero_grad()
+    total, without = 0.0, 0.0
+    for micro in batch.micro_batches:
+        logprob = token_logprobs(task.model, micro.sequences, 1.0).sequence_logprob()
+        ratio, distance = torch.exp(logprob - micro.old_logprob), logprob - micro.ref_logprob
+        total = total - (ratio * micro.advantage).sum() / N + 0.4 * (ratio.detach() * distance**2 / 2).sum() / N
+        without = without + 0.4 * float((distance.detach() ** 2 / 2).sum()) / N
+    held_at = sum(float(output.metrics["kl/loss"]) for output in outputs)
+    assert float(sum(output.loss for output in outputs)) == pytest.approx(float(total), rel=1e-5)
+    assert held_at > 1e-3 and abs(held_at - without) > 0.05 * held_at
+    total.backward()
+    for name, parameter in task.model.named_parameters():
+        assert torch.allclose(parameter.grad, found[name], rtol=1e-4, atol=1e-6), name
+
+
 def test_minibatches_cut_one_rollout(make_llama, word_tokenizer):
-    whole = _task(make_llama(), word_tokenizer, batch_size=2 * N).batch(0)
-    task = _task(make_llama(), word_tokenizer, plan=PolicyPlan(num_minibatches=2, num_epochs=2))
+    whole = policy_task(make_llama(), word_tokenizer, batch_size=2 * N).batch(0)
+    task = policy_task(make_llama(), word_tokenizer, Rloo(k=2, rollout_batch_size=2 * N, num_epochs=2))
     parts = [task.batch(step) for step in range(4)]
     # nothing was learned in between, so both rollouts are the same
     (everything,) = whole.micro_batches
@@ -165,9 +132,8 @@ def test_minibatches_cut_one_rollout(make_llama, word_tokenizer):
 
 @pytest.mark.parametrize("micro_batch_size", [8, 1])
 def test_the_baseline_is_updated_once_per_optimizer_batch(make_llama, word_tokenizer, micro_batch_size):
-    plan = PolicyPlan(num_minibatches=2, num_epochs=2)
-    algorithm = Reinforce(alpha=0.75, on_policy=False)
-    task = _task(make_llama(), word_tokenizer, algorithm, plan=plan, micro_batch_size=micro_batch_size)
+    algorithm = Reinforce(alpha=0.75, rollout_batch_size=2 * N, num_epochs=2)
+    task = policy_task(make_llama(), word_tokenizer, algorithm, micro_batch_size=micro_batch_size)
     batches = [task.batch(step) for step in range(8)]
     assert task.baseline.num_updates == 4  # two rollouts of two batches; the second pass is not counted again
     first, second = (batches[step].metrics for step in (0, 1))
@@ -194,7 +160,7 @@ def _slow_gradient(task, batch):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_gradient_equals_a_slow_implementation(make_model, word_tokenizer, temperature):
-    task = _task(make_model(), word_tokenizer, temperature=temperature)
+    task = policy_task(make_model(), word_tokenizer, temperature=temperature)
     batch = task.batch(0)
     (micro,) = batch.micro_batches
     lengths = micro.sequences.completion_mask.sum(-1)
@@ -207,9 +173,9 @@ def test_the_gradient_equals_a_slow_implementation(make_model, word_tokenizer, t
 
 
 def test_advantages_come_from_the_rewards_of_the_same_prompt(make_llama, word_tokenizer):
-    task = _task(make_llama(), word_tokenizer)
+    task = policy_task(make_llama(), word_tokenizer)
     (micro,) = task.batch(0).micro_batches
-    rewards = [(sum(tokens) % 11 - 5) / 3 for tokens in _completions(micro)]
+    rewards = [(sum(tokens) % 11 - 5) / 3 for tokens in completions(micro)]
     expected = [rewards[i] - rewards[i ^ 1] for i in range(N)]  # row i and its neighbour share a prompt
     assert micro.advantage.tolist() == pytest.approx(expected, abs=1e-6)
     is_prompt = micro.sequences.attention_mask & ~micro.sequences.completion_mask
@@ -219,7 +185,7 @@ def test_advantages_come_from_the_rewards_of_the_same_prompt(make_llama, word_to
 
 
 def test_captured_logprobs_equal_a_fresh_forward_pass(make_model, word_tokenizer):
-    task = _task(make_model(), word_tokenizer, temperature=0.8)
+    task = policy_task(make_model(), word_tokenizer, temperature=0.8)
     batch = task.batch(0)
     (micro,) = batch.micro_batches
     fresh, _ = sequence_logprobs(task.model, micro.sequences, 0.8, 3)
@@ -231,7 +197,7 @@ def test_captured_logprobs_equal_a_fresh_forward_pass(make_model, word_tokenizer
 def test_dropout_is_off_while_sampling_scoring_and_training(make_gpt2, word_tokenizer, tmp_path):
     dropping = make_gpt2(dropout=0.5).train()
     assert not torch.equal(*(dropping(torch.tensor([[3, 4]])).logits for _ in range(2)))
-    task, plain = _task(dropping, word_tokenizer), _task(make_gpt2(dropout=0.0), word_tokenizer)
+    task, plain = policy_task(dropping, word_tokenizer), policy_task(make_gpt2(dropout=0.0), word_tokenizer)
     batches = [each.batch(0) for each in (task, plain, task)]
     first, second, again = (batch.micro_batches[0] for batch in batches)
     for other in (second, again):
@@ -241,15 +207,15 @@ def test_dropout_is_off_while_sampling_scoring_and_training(make_gpt2, word_toke
     losses = [each.loss(first, N).loss for each in (task, task, plain)]
     assert losses[0] == losses[1] == losses[2]
     assert task.evaluate(0) == task.evaluate(0) == plain.evaluate(0)
-    rows = _fit(task, tmp_path, 2)
+    rows = train(task, tmp_path, 2)
     assert all(row["ratio/max"] == 1.0 for row in rows)
     assert not task.model.training and not task.reference.training
 
 
 def test_equal_rewards_leave_every_weight_where_it_is(make_model, word_tokenizer, tmp_path):
-    task = _task(make_model(), word_tokenizer, Rloo(4, beta=0.5), reward=_constant_reward)
+    task = policy_task(make_model(), word_tokenizer, Rloo(k=4, beta=0.5), reward=constant_reward)
     before = {name: p.clone() for name, p in task.model.named_parameters()}
-    rows = _fit(task, tmp_path, 2)
+    rows = train(task, tmp_path, 2)
     assert [row["loss"] for row in rows] == [0.0, 0.0]
     assert [row["grad_norm"] for row in rows] == [0.0, 0.0]
     assert all(torch.equal(p, before[name]) for name, p in task.model.named_parameters())
@@ -258,7 +224,7 @@ def test_equal_rewards_leave_every_weight_where_it_is(make_model, word_tokenizer
 @pytest.mark.parametrize("edge", ["pad is eos", "no eos", "eos first", "one token"])
 def test_odd_completions_train_like_any_other(make_model, word_tokenizer, tmp_path, edge):
     model = make_model()
-    task = _task(model, word_tokenizer)
+    task = policy_task(model, word_tokenizer)
     if edge == "pad is eos":
         word_tokenizer.pad_token = word_tokenizer.eos_token
     elif edge == "no eos":
@@ -272,7 +238,7 @@ def test_odd_completions_train_like_any_other(make_model, word_tokenizer, tmp_pa
     (micro,) = task.batch(0).micro_batches
     found = micro.sequences.completion_mask.sum(-1).tolist()
     assert set(found) == lengths.get(edge, set(found))
-    rows = _fit(task, tmp_path, 2)
+    rows = train(task, tmp_path, 2)
     assert rows[0]["kl/k1"] == 0.0 and rows[0]["ratio/mean"] == 1.0
     assert rows[0]["grad_norm"] > 0.01
     assert rows[1]["rollout/logprob_mismatch"] < 1e-4
@@ -285,7 +251,7 @@ def test_a_pad_that_is_the_eos_gives_the_same_gradient(make_model, word_tokenize
     gradients = []
     for pad_token in ("<|pad|>", "<|eos|>"):
         word_tokenizer.pad_token = pad_token
-        task = _task(make_model(), word_tokenizer)
+        task = policy_task(make_model(), word_tokenizer)
         batch = task.batch(0)
         task.loss(batch.micro_batches[0], batch.normaliser).loss.backward()
         gradients.append([p.grad for p in task.model.parameters()])
@@ -293,49 +259,49 @@ def test_a_pad_that_is_the_eos_gives_the_same_gradient(make_model, word_tokenize
 
 
 def test_metrics_by_hand(make_llama, word_tokenizer):
-    task = _task(make_llama(), word_tokenizer, gold=lambda prompt, completion: len(completion.split()) / 2)
+    task = policy_task(make_llama(), word_tokenizer, gold=lambda prompt, completion: len(completion.split()) / 2)
     batch = task.batch(0)
     (micro,) = batch.micro_batches
-    completions = _completions(micro)
-    rewards = torch.tensor([(sum(tokens) % 11 - 5) / 3 for tokens in completions])
+    found = completions(micro)
+    rewards = torch.tensor([(sum(tokens) % 11 - 5) / 3 for tokens in found])
     metrics = batch.metrics
     assert metrics["reward/mean"] == pytest.approx(float(rewards.mean()))
     assert metrics["reward/std"] == pytest.approx(float(rewards.std(unbiased=False)), rel=1e-5)
     assert metrics["advantage/std"] == pytest.approx(float(micro.advantage.std(unbiased=False)))
-    assert metrics["length/mean"] == sum(len(tokens) for tokens in completions) / N
-    finished = [tokens[-1] in STOPS for tokens in completions]
+    assert metrics["length/mean"] == sum(len(tokens) for tokens in found) / N
+    finished = [tokens[-1] in STOPS for tokens in found]
     assert any(finished)
     assert metrics["length/truncated_frac"] == 1 - sum(finished) / N
-    texts = [tokens[:-1] if done else tokens for tokens, done in zip(completions, finished, strict=True)]
+    texts = [tokens[:-1] if done else tokens for tokens, done in zip(found, finished, strict=True)]
     words = [sum(token > 1 for token in text) for text in texts]
     assert metrics["gold/mean"] == pytest.approx(sum(words) / 2 / N)
     assert 0 < metrics["entropy"] < math.log(24)
     assert batch.num_tokens == int(micro.sequences.attention_mask.sum())
     for row, sample in enumerate(batch.samples):
         assert sample["step"] == 1 and sample["kl"] == 0.0
-        assert sample["length"] == len(completions[row])
+        assert sample["length"] == len(found[row])
         assert sample["reward"] == pytest.approx(float(rewards[row]))
         assert sample["completion"] == " ".join(f"t{token}" for token in texts[row] if token > 1)
         assert sample["gold"] == words[row] / 2
 
 
 def test_samples_belong_to_their_minibatch(make_llama, word_tokenizer, tmp_path):
-    task = _task(make_llama(), word_tokenizer, plan=PolicyPlan(num_minibatches=2))
-    _fit(task, tmp_path, 2)
+    task = policy_task(make_llama(), word_tokenizer, Rloo(k=2, rollout_batch_size=2 * N))
+    train(task, tmp_path, 2)
     for step in (2, 3):
         batch = task.batch(step)
         (micro,) = batch.micro_batches
         kl = (micro.old_logprob - micro.ref_logprob).tolist()
         assert [sample["kl"] for sample in batch.samples] == pytest.approx(kl)
-        assert [sample["length"] for sample in batch.samples] == [len(tokens) for tokens in _completions(micro)]
+        assert [sample["length"] for sample in batch.samples] == [len(tokens) for tokens in completions(micro)]
         assert batch.metrics["kl/k1"] == pytest.approx(sum(kl) / N, abs=1e-6)
 
 
 def test_evaluation_repeats_and_scores_the_objective(make_model, word_tokenizer, tmp_path):
-    task = _task(make_model(), word_tokenizer, Rloo(2, beta=0.25))
+    task = policy_task(make_model(), word_tokenizer, Rloo(k=2, beta=0.25))
     at_start = task.evaluate(0)
     assert at_start.metrics["kl/full"] == 0.0
-    _fit(task, tmp_path, 2)
+    train(task, tmp_path, 2)
     after = task.evaluate(2)
     assert task.evaluate(7) == after
     assert after.metrics["kl/full"] > 1e-3
@@ -345,8 +311,8 @@ def test_evaluation_repeats_and_scores_the_objective(make_model, word_tokenizer,
 def test_two_identical_runs_are_equal_to_the_bit(make_llama, word_tokenizer, tmp_path):
     runs = []
     for name in ("a", "b"):
-        task = _task(make_llama(), word_tokenizer)
-        rows = _fit(task, tmp_path / name, 3)
+        task = policy_task(make_llama(), word_tokenizer)
+        rows = train(task, tmp_path / name, 3)
         torch.rand(13)  # other draws in between do not matter
         clocks = ("time", "throughput")
         kept = [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in rows]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_cli.settings import CheckpointSettings
 from rlhf_cli.train import run_folder
 from rlhf_cli.train.recorder import RunRequest, recorded_run
 from rlhf_cli.train.run_folder import RunFolder
-from rlhf_cli.train.settings import CheckpointSettings
 
 
 class Broken:

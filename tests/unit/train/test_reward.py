@@ -10,11 +10,11 @@ from fixtures_models import CPU, FP32, reward_model
 
 from rlhf_cli.data.rows import Drawn
 from rlhf_cli.rewards.model import RewardModel, load_reward_model, score_sequences
+from rlhf_cli.settings import TrainSettings
 from rlhf_cli.train.optim import build_optimizer
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.train.reward import EncodedPair, RewardTask, encode
 from rlhf_cli.train.seeding import batch_rows
-from rlhf_cli.train.settings import TrainSettings
 from rlhf_cli.types import Preference
 
 PAIRS = [

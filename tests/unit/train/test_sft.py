@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from rlhf_cli.data.rows import Drawn
 from rlhf_cli.data.tokenise import TokenPair, collate, encode_examples
 from rlhf_cli.models.loading import load_causal_lm
+from rlhf_cli.settings import TrainSettings
 from rlhf_cli.train.optim import build_optimizer
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.train.seeding import batch_rows
-from rlhf_cli.train.settings import TrainSettings
 from rlhf_cli.train.sft import SftTask
 from rlhf_cli.types import Example, Sequences
 

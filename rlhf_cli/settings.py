@@ -1,4 +1,4 @@
-"""Settings of a training run: the part of the config that the loop reads. Imports no torch."""
+"""Settings that several parts read: optimisation, checkpoints, where the KL goes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ class TrainSettings:
     lr: float = 2e-5
     schedule: Schedule = Schedule.cosine
     warmup_ratio: float = 0.03  # share of all steps over which lr rises from 0
+    warmup_steps: int | None = None  # as many steps instead; null = as many as `warmup_ratio` gives
     min_lr_ratio: float = 0.0  # where linear and cosine end, as a share of lr
     weight_decay: float = 0.0
     beta1: float = 0.9
@@ -75,6 +76,8 @@ class TrainSettings:
             value = getattr(self, key)
             if not 0.0 <= value <= 1.0:
                 raise bad_value(f"{where}.{key}", value, "a number from 0 to 1")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise bad_value(f"{where}.warmup_steps", self.warmup_steps, "a whole number >= 0, or null")
         for key in ("beta1", "beta2"):
             value = getattr(self, key)
             if not 0.0 <= value < 1.0:
@@ -93,3 +96,47 @@ class TrainSettings:
         if self.steps is not None:
             return self.steps
         return max(1, math.ceil(self.epochs * num_rows / self.batch_size))
+
+
+class KlPlacement(Enum):
+    """What the KL to the reference is added to."""
+
+    reward = "reward"
+    loss = "loss"
+
+
+class KlEstimator(Enum):
+    """How the KL of a completion is estimated; see `rlhf_cli.ops.kl`."""
+
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
+# Combinations whose expected gradient is not that of KL(policy || reference), and what it is instead
+_WRONG_KL = {
+    (KlPlacement.reward, KlEstimator.k2): "its gradient vanishes near the reference and is that of no KL",
+    (KlPlacement.reward, KlEstimator.k3): (
+        "its gradient is that of KL(policy||reference) - KL(reference||policy), which cancel near the reference"
+    ),
+    (KlPlacement.loss, KlEstimator.k1): "its expected gradient is 0: nothing holds the policy near the reference",
+    (KlPlacement.loss, KlEstimator.k3): "its gradient is that of KL(reference||policy), the other direction",
+}
+
+
+@dataclass
+class KlSettings:
+    """Where the KL to the reference acts, with the weight `algo.beta`."""
+
+    placement: KlPlacement = KlPlacement.reward
+    estimator: KlEstimator = KlEstimator.k1
+
+    def problem(self) -> str | None:
+        """What is wrong with the combination; None for those that give the gradient of the reverse KL."""
+        reason = _WRONG_KL.get((self.placement, self.estimator))
+        if reason is None:
+            return None
+        return (
+            f"kl.placement={self.placement.value} kl.estimator={self.estimator.value}: {reason} "
+            "(right are reward with k1, and loss with k2)"
+        )

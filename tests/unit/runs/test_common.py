@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from rlhf_cli.runs import MemoryExhaustedError, _explained_memory
+from rlhf_cli.runs.common import MemoryExhaustedError, explained_memory
 
 KEYS = ("algo.train.micro_batch_size", "rollout.max_rows")
 
 
 def test_memory_of_a_device_that_runs_out_is_explained_with_the_keys_that_help():
     line = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 12 GiB."
-    with pytest.raises(MemoryExhaustedError) as raised, _explained_memory(KEYS):
+    with pytest.raises(MemoryExhaustedError) as raised, explained_memory(KEYS):
         raise torch.OutOfMemoryError(f"{line}\nSee documentation.")
     assert str(raised.value) == (
         f"out of memory; lower algo.train.micro_batch_size or rollout.max_rows, or try precision=bf16 ({line})"
@@ -17,12 +17,12 @@ def test_memory_of_a_device_that_runs_out_is_explained_with_the_keys_that_help()
 
 
 def test_memory_of_the_machine_that_runs_out_is_explained_too():
-    with pytest.raises(MemoryExhaustedError, match=r"rollout\.max_rows") as raised, _explained_memory(KEYS):
+    with pytest.raises(MemoryExhaustedError, match=r"rollout\.max_rows") as raised, explained_memory(KEYS):
         torch.empty(2**60, dtype=torch.uint8)  # an exbibyte
     assert "bf16" not in str(raised.value)
 
 
 def test_other_errors_pass_as_they_are():
-    with pytest.raises(RuntimeError, match=r"^shapes differ$") as raised, _explained_memory(KEYS):
+    with pytest.raises(RuntimeError, match=r"^shapes differ$") as raised, explained_memory(KEYS):
         raise RuntimeError("shapes differ")
     assert type(raised.value) is RuntimeError

@@ -1,0 +1,91 @@
+"""What a policy's samples on held-out prompts come to: the same figures for every way of training one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_cli.data.dataset import GoldReward
+from rlhf_cli.data.tokenise import prompt_batch
+from rlhf_cli.models.causal import LanguageModel, full_kls
+from rlhf_cli.rollout.engine import Sampling, generate
+from rlhf_cli.train.distributed import World
+from rlhf_cli.train.precision import Precision
+from rlhf_cli.types import Prompt, Rollout, Scores
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What policies are asked while they learn, and with which noise."""
+
+    prompts: Sequence[Prompt]
+    max_prompt_tokens: int
+    sampling: Sampling
+    seed: int  # of the noise: the same one gives the same samples to the same policy
+
+
+@torch.no_grad()
+def measure(
+    policy: PreTrainedModel,
+    reference: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    reward: Callable[[Rollout], Scores] | None,
+    gold: GoldReward | None,
+    held_out: HeldOut,
+    micro_batch_size: int,
+    precision: Precision,
+    world: World,
+) -> dict[str, Tensor]:
+    """One sample for each prompt, in shares of the processes: figures by name, float32 [prompts], on the CPU.
+
+    Full KL to the reference (nats), length, whether it was cut and, where they are given, reward and gold reward.
+    """
+    mine = world.share(len(held_out.prompts))
+    index = range(len(held_out.prompts))[mine]
+    batch = prompt_batch(tokenizer, held_out.prompts[mine], index, held_out.max_prompt_tokens)
+    with precision.autocast():
+        rollout = generate(policy, tokenizer, batch, 1, held_out.sampling, held_out.seed, 0)
+        kl = full_kls(policy, reference, rollout.sequences, held_out.sampling.temperature, micro_batch_size)
+    columns = {"kl": kl, **lengths(rollout)}
+    if reward is not None:
+        columns["reward"] = reward(rollout).reward
+    if gold is not None:
+        columns["gold"] = gold_rewards(gold, rollout)
+    return of_all(columns, world)
+
+
+_LENGTHS = {"length": "length/mean", "truncated": "length/truncated_frac"}
+# What a figure's mean is called among the metrics.
+METRICS = {"reward": "reward/mean", "gold": "gold/mean", "kl": "kl/full", **_LENGTHS}
+
+
+def means(columns: Mapping[str, Tensor]) -> dict[str, float]:
+    """Metrics of a run: the mean of each figure."""
+    return {METRICS[name]: float(column.mean()) for name, column in columns.items()}
+
+
+def length_metrics(columns: Mapping[str, Tensor]) -> dict[str, float]:
+    """Those of `lengths`."""
+    return {metric: float(columns[name].mean()) for name, metric in _LENGTHS.items()}
+
+
+def lengths(rollout: Rollout, rows: slice = slice(None)) -> dict[str, Tensor]:
+    """Completion tokens, and whether the length limit cut them, float32 [n]."""
+    tokens = torch.tensor([len(ids) for ids in rollout.completion_ids[rows]], dtype=torch.float32)
+    return {"length": tokens, "truncated": rollout.truncated[rows].float()}
+
+
+def gold_rewards(gold: GoldReward, rollout: Rollout) -> Tensor:
+    """The true reward of each row, float32 [N]."""
+    pairs = zip(rollout.prompts, rollout.completions, strict=True)
+    return torch.tensor([gold(prompt, completion) for prompt, completion in pairs])
+
+
+def of_all(columns: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Columns float32 [n] of this process' rows to those of all processes' rows, on the CPU."""
+    table = torch.stack([column.float().cpu() for column in columns.values()], dim=1)
+    return dict(zip(columns, world.gather(table).T.contiguous(), strict=True))
