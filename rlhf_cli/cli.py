@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
+import threading
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -88,4 +91,22 @@ def _info(
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.exit(app(standalone_mode=True))
+    try:
+        app(standalone_mode=True)
+    except SystemExit as end:
+        if "RANK" not in os.environ:
+            raise
+        _leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends one of the processes that torchrun started, everything but the interpreter's own end done.
+
+    A thread of the transport that asks for the interpreter's lock while it is taken down aborts the process, and
+    torchrun would be told of the abort instead of the exit status.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # as the end does: other threads, atexit, the streams
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
