@@ -12,8 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_cli.algos.base import ActorCriticAlgorithm, Algorithm, ValueHead
 from rlhf_cli.config.schema import (
     LoggerConfig,
-    RmConfig,
-    RmInit,
     RunConfig,
     WandbConfig,
 )
@@ -52,6 +50,7 @@ from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.settings import ModelSettings, PeftSettings
 from rlhf_cli.models.tokenizer import train_tokenizer
 from rlhf_cli.rewards.model import RewardFormat, RewardModel
+from rlhf_cli.rewards.settings import Grades, RmConfig, RmInit
 from rlhf_cli.train.distributed import ALONE, World, own_device
 from rlhf_cli.train.precision import Precision, resolve_device, resolve_precision
 from rlhf_cli.train.seeding import derive_seed
@@ -177,27 +176,39 @@ def rm_base(config: RunConfig, sft_path: str) -> str | None:
     return sft_path if starts_from_sft(config) else config.rm.model.path
 
 
-def new_reward_model(config: RunConfig, sft_path: str, device: torch.device) -> RewardModel:
-    """A reward model before training: a backbone under a fresh scalar head."""
+def new_reward_model(config: RunConfig, sft_path: str, device: torch.device, seed: int) -> RewardModel:
+    """A reward model before training: a backbone under a fresh head, which is a function of the stage's seed."""
     rm: RmConfig = config.rm
-    head_seed = derive_seed(rm.seed, "head")
+    head_seed = derive_seed(seed, "head")
     if starts_from_sft(config):
-        model, tokenizer = load_backbone_as_classifier("sft.path", sft_path, device, head_seed)
+        model, tokenizer = load_backbone_as_classifier("sft.path", sft_path, device, head_seed, rm.num_labels)
     elif rm.model.path is not None:
         path = resolve_path("rm.model.path", rm.model.path)
-        model, tokenizer = load_backbone_as_classifier("rm.model.path", path, device, head_seed)
+        model, tokenizer = load_backbone_as_classifier("rm.model.path", path, device, head_seed, rm.num_labels)
     else:
-        language_model, tokenizer = backbone("rm.model", rm.model, rm.seed, device)
-        model = classifier_from_lm(language_model, head_seed)
-    return RewardModel(
-        model,
-        tokenizer,
-        RewardFormat(
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            max_completion_tokens=config.data.max_completion_tokens,
-            append_eos=rm.append_eos,
-            is_one_text=isinstance(config.data, ImdbSettings),
-        ),
+        language_model, tokenizer = backbone("rm.model", rm.model, seed, device)
+        model = classifier_from_lm(language_model, head_seed, rm.num_labels)
+    return RewardModel(model, tokenizer, reward_format(config))
+
+
+def reward_format(config: RunConfig) -> RewardFormat:
+    """How the reward model reads text, and how a reward is read out of it; what is fitted after training is not in it."""
+    rm: RmConfig = config.rm
+    text = RewardFormat(
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_completion_tokens=config.data.max_completion_tokens,
+        append_eos=rm.append_eos,
+        is_one_text=isinstance(config.data, ImdbSettings),
+    )
+    if rm.num_labels == 1:
+        return text
+    assert isinstance(rm, Grades)
+    return replace(
+        text,
+        grade_loss=rm.loss.value,
+        read_out=rm.read_out.value,
+        std_weight=rm.std_weight,
+        cvar_alpha=rm.cvar_alpha,
     )
 
 

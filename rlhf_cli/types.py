@@ -127,7 +127,9 @@ class Scores:
 
     reward: Tensor  # float32 [N], standardised: what the policy is trained on
     raw: Tensor  # float32 [N], the reward model's own scale
-    logits: Tensor | None = None  # float32 [N, K], the classifier's outputs, K = 1 of a scalar one; None of several
+    logits: Tensor | None = (
+        None  # float32 [N, K], the classifier's outputs, K = 1 of a scalar one; of several, the mean's
+    )
     disagreement: Tensor | None = None  # float32 [N], std of the standardised rewards of an ensemble's members
 
 

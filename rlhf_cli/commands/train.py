@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 from rlhf_cli import build
 from rlhf_cli.algos.preference import PreferenceAlgorithm
@@ -12,13 +13,16 @@ from rlhf_cli.commands.show import show_run
 from rlhf_cli.config.schema import Resume, RunConfig
 from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.errors import RequestError
+from rlhf_cli.rewards.settings import MembersRm
 from rlhf_cli.runs.job import Artifact, Job
+from rlhf_cli.runs.members import publish_member
+from rlhf_cli.runs.merged_reward import merge_members
 from rlhf_cli.runs.policy import train_policy
 from rlhf_cli.runs.preference import train_on_pairs
 from rlhf_cli.runs.reward import train_rm
 from rlhf_cli.runs.sft import train_sft
 from rlhf_cli.runs.warp import train_warp
-from rlhf_cli.stages import resolve_rm, resolve_sft
+from rlhf_cli.stages import resolve_members, resolve_rm, resolve_sft
 from rlhf_cli.train.distributed import World, current
 from rlhf_cli.train.seeding import deterministic, set_threads
 
@@ -78,13 +82,26 @@ def run_train(config: RunConfig, context: Context) -> None:
         case "train-sft":
             train_sft(job, config.seed)
         case "train-rm":
-            train_rm(job, config.seed, resolve_sft(job, say))
+            _train_rm(job, resolve_sft(job, say))
         case "train-policy":
             sft = resolve_sft(job, say)
             rm = resolve_rm(job, lambda: sft, say) if config.needs_rm() else None
             _train_policy(job, sft, rm)
     if job.world.is_main:
         show_run(context.folder)
+
+
+def _train_rm(job: Job, sft: Artifact) -> None:
+    """One model; or several, of which those that are in the cache already are not trained again."""
+    seed, rm = job.config.seed, job.config.rm
+    if not isinstance(rm, MembersRm):
+        train_rm(job, seed, sft)
+        return
+    members = resolve_members(replace(job, config=replace(job.config, rm=replace(rm, seed=seed))), sft, say)
+    if rm.member is None:
+        merge_members(job, seed, sft, members)
+    else:
+        publish_member(job, seed, sft, members[0])
 
 
 def _train_policy(job: Job, sft: Artifact, rm: Artifact | None) -> None:

@@ -16,6 +16,7 @@ from omegaconf import MISSING
 
 from rlhf_cli.errors import RequestError, bad_value
 from rlhf_cli.models.settings import ModelSettings, PeftSettings
+from rlhf_cli.rewards.settings import MembersRm, RmInit
 from rlhf_cli.settings import CheckpointSettings, KlSettings, TrainSettings
 
 
@@ -35,21 +36,6 @@ class PrecisionName(Enum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
-
-
-class RmInit(Enum):
-    """What a reward model starts from."""
-
-    auto = "auto"  # the SFT model where rm.model is the policy's backbone, else rm.model
-    sft = "sft"
-    backbone = "backbone"
-
-
-class Standardize(Enum):
-    """What a reward is scaled by."""
-
-    sft_samples = "sft_samples"
-    none = "none"
 
 
 class WandbMode(Enum):
@@ -73,43 +59,17 @@ class SftConfig:
 
     path: str | None = None  # run folder, model folder or hub id; null = built and cached
     seed: int = 0
+    snapshots: int = 0
     peft: PeftSettings = field(default_factory=PeftSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
 
     def check(self) -> None:
         """Raises RequestError for impossible values."""
         check_seed("sft.seed", self.seed)
+        if self.snapshots < 0:
+            raise bad_value("sft.snapshots", self.snapshots, "a whole number >= 0")
         self.peft.check("sft.peft")
         self.train.check("sft.train")
-
-
-@dataclass
-class RmConfig:
-    """Group `rm`: what every reward model has."""
-
-    name: str = ""
-    path: str | None = None
-    seed: int = 0
-    init: RmInit = RmInit.auto
-    append_eos: bool = True
-    use_margin: bool = False
-    standardize: Standardize = Standardize.sft_samples
-    standardize_samples: int = 256
-    noise: float = 0.0
-    model: ModelSettings = field(default_factory=ModelSettings)
-    peft: PeftSettings = field(default_factory=PeftSettings)
-    train: TrainSettings = field(default_factory=TrainSettings)
-
-    def check(self) -> None:
-        """Raises RequestError for impossible values."""
-        check_seed("rm.seed", self.seed)
-        self.peft.check("rm.peft")
-        if self.standardize_samples < 2:
-            raise bad_value("rm.standardize_samples", self.standardize_samples, "a whole number >= 2")
-        if not (math.isfinite(self.noise) and self.noise >= 0):
-            raise bad_value("rm.noise", self.noise, "a number >= 0")
-        self.model.check("rm.model")
-        self.train.check("rm.train")
 
 
 @dataclass
@@ -242,6 +202,8 @@ class RunConfig:
             if self.rm.noise and not self.needs_rm():
                 why = f"because algo={self.algo.name} asks no reward model here"
                 raise bad_value("rm.noise", self.rm.noise, f"0, {why}")
+        if isinstance(self.rm, MembersRm) and self.rm.member is not None and self.command != "train-rm":
+            raise bad_value("rm.member", self.rm.member, f"null, because {self.command} needs all members")
         self.rollout.check()
         self.eval.check()
         self.checkpoint.check("checkpoint")

@@ -16,11 +16,17 @@ from rlhf_cli.data.settings import (
     TldrSettings,
 )
 from rlhf_cli.models.settings import ModelSettings, PeftSettings
+from rlhf_cli.rewards.settings import DistributionalRm, EnsembleRm, ScalarRm, WarmRm
 
 _SCHEMAS: dict[str, dict[str, type]] = {
     "schema": {"run": schema.RunConfig},
     "schema/algo": dict(algorithms()),
-    "schema/rm": {"scalar": schema.RmConfig},
+    "schema/rm": {
+        "scalar": ScalarRm,
+        "distributional": DistributionalRm,
+        "warm": WarmRm,
+        "ensemble": EnsembleRm,
+    },
     "schema/data": {
         "reviews": ReviewsSettings,
         "jsonl": JsonlSettings,

@@ -28,6 +28,9 @@ from rlhf_cli.models.settings import ModelSettings
 from rlhf_cli.models.tokenizer import ensure_pad_token
 from rlhf_cli.models.vocabulary import never_without_token
 
+# Names the members of a folder of several models.
+INDEX_FILE = "ensemble.json"
+
 # Of torch's own allocations on a CPU, in bytes.
 _ALIGNMENT = 64
 
@@ -41,7 +44,7 @@ def resolve_path(key: str, path: str) -> str:
     folder = Path(path).expanduser()
     if folder.is_dir():
         for candidate in (folder / "model", folder):
-            if (candidate / "config.json").is_file():
+            if any((candidate / name).is_file() for name in ("config.json", INDEX_FILE)):
                 return str(candidate)
         raise bad_value(key, path, "a run folder with model/, or a model folder with config.json")
     if folder.exists():
@@ -91,9 +94,9 @@ def load_classifier(key: str, path: str, device: torch.device) -> tuple[PreTrain
 
 
 def load_backbone_as_classifier(
-    key: str, path: str, device: torch.device, seed: int
+    key: str, path: str, device: torch.device, seed: int, num_labels: int = 1
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The backbone of any model under a new head with one label, the head a pure function of `seed`.
+    """The backbone of any model under a new head, which is a pure function of `seed` and of the number of labels.
 
     Raises:
         RequestError: the path holds no model with a classifier form, or one without all of its backbone's weights.
@@ -101,7 +104,7 @@ def load_backbone_as_classifier(
     tokenizer = load_tokenizer(key, path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, missing = _from_pretrained(AutoModelForSequenceClassification, key, path, num_labels=1)
+        model, missing = _from_pretrained(AutoModelForSequenceClassification, key, path, num_labels=num_labels)
         backbone = f"{model.base_model_prefix}."
         _require_weights(key, path, [name for name in missing if name.startswith(backbone)])
         if any(not name.startswith(backbone) and name not in missing for name, _ in model.named_parameters()):
@@ -110,12 +113,12 @@ def load_backbone_as_classifier(
     return model.to(device).eval(), tokenizer
 
 
-def classifier_from_lm(language_model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """A classifier with one label over a copy of a language model's backbone; the head a function of `seed`."""
+def classifier_from_lm(language_model: PreTrainedModel, seed: int, num_labels: int = 1) -> PreTrainedModel:
+    """A classifier over a copy of a language model's backbone; the head a function of `seed` and the labels."""
     values = language_model.config.to_dict()
     for name in ("id2label", "label2id"):  # of two labels, where the config has any
         values.pop(name, None)
-    config = type(language_model.config).from_dict({**values, "num_labels": 1})
+    config = type(language_model.config).from_dict({**values, "num_labels": num_labels})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_config(config)

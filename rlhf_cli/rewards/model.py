@@ -1,6 +1,6 @@
-"""The reward model: a plain sequence classifier plus the text format and scale it was trained with.
+"""The reward model: a plain sequence classifier plus how its text is made and how its outputs become a reward.
 
-What is saved is an ordinary Hugging Face folder; format and scale live in its config.json under `rlhf_reward`, so
+What is saved is an ordinary Hugging Face folder; all but the weights lives in its config.json under `rlhf_reward`, so
 that transformers loads it without any code from here and gives the raw logits.
 """
 
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,31 +23,97 @@ from rlhf_cli.files import write_json_atomic
 from rlhf_cli.models.adapters import Adapter
 from rlhf_cli.models.loading import load_classifier, save_model
 from rlhf_cli.models.positions import check_length, first_position, max_positions, takes_positions, token_positions
+from rlhf_cli.ops.grades import pair_log_odds, read_out
 from rlhf_cli.ops.masks import last_true
+from rlhf_cli.settings import GradeLoss, ReadOut
 from rlhf_cli.types import Prompt, Scores, Sequences
 
-_CONFIG_KEY = "rlhf_reward"
+CONFIG_KEY = "rlhf_reward"
 
 
 @dataclass(frozen=True)
 class RewardFormat:
-    """How text becomes the ids that are scored, and how a raw score becomes a reward."""
+    """How text becomes the ids that are scored, and how logits become a reward."""
 
     max_prompt_tokens: int
     max_completion_tokens: int
     append_eos: bool = True
     is_one_text: bool = False  # prompt and completion are one text, which no token separates
+    grade_loss: str | None = None  # what a distribution over grades was trained with; None = a scalar
+    read_out: str = "mean"  # of a distribution over grades
+    std_weight: float = 1.0  # c of read_out=mean_std
+    cvar_alpha: float = 0.25  # of read_out=cvar
+    opponent: tuple[float, ...] = ()  # the SFT model's mean distribution over grades, of read_out=win_rate
+    temperature: float = 1.0  # the log-odds of a pair are divided by it; fitted on validation pairs
     mean: float = 0.0  # of the raw score on samples of the SFT model
     std: float = 1.0
+
+    def raw(self, logits: Tensor) -> Tensor:
+        """The raw score, float32 [N], of logits [N, K]: the one logit of a scalar, else what is read out of the grades.
+
+        A win rate needs an opponent: as long as there is none the mean grade is the score.
+        """
+        if self.grade_loss is None:
+            return logits.float()[:, 0]
+        how = ReadOut(self.read_out)
+        if how is ReadOut.win_rate and not self.opponent:
+            how = ReadOut.mean
+        opponent = torch.tensor(self.opponent, device=logits.device) if self.opponent else None
+        return read_out(logits.float(), how, self.std_weight, self.cvar_alpha, opponent)
 
     def standardise(self, raw: Tensor) -> Tensor:
         """(raw - mean) / std: in standard deviations of the SFT model's samples."""
         return (raw - self.mean) / self.std
 
+    def log_odds(self, chosen: Scores, rejected: Scores) -> Tensor:
+        """log P(chosen is preferred) / P(rejected is), float32 [N], before the temperature."""
+        assert chosen.logits is not None and rejected.logits is not None
+        if self.grade_loss is None:
+            return chosen.logits[:, 0] - rejected.logits[:, 0]
+        return pair_log_odds(chosen.logits, rejected.logits, GradeLoss(self.grade_loss))
+
+    def encode(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str, finished: bool = True
+    ) -> TokenPair:
+        """Ids of a row, exactly as in training; EOS is appended to finished completions only."""
+        return (
+            encode_prompt(
+                tokenizer, prompt, self.max_prompt_tokens, is_predicted=False, is_begun=self.is_one_text
+            ),
+            encode_completion(
+                tokenizer, completion, self.max_completion_tokens, append_eos=self.append_eos and finished
+            ),
+        )
+
+
+class Scorer(Protocol):
+    """What gives rewards: one reward model, or several."""
+
+    format: RewardFormat
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the model, or of all of them."""
+        ...
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        finished: Sequence[bool] | None = None,
+        batch_size: int = 128,
+    ) -> Scores:
+        """Scores completions from their text; see `RewardModel.score`."""
+        ...
+
+    def log_odds(self, chosen: Scores, rejected: Scores) -> Tensor:
+        """log P(chosen is preferred) / P(rejected is), float32 [N], before the temperature."""
+        ...
+
 
 @dataclass
 class RewardModel:
-    """A scalar reward r(x, y)."""
+    """A reward r(x, y) from one classifier, scalar or over grades."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -55,23 +121,8 @@ class RewardModel:
 
     def encode(self, prompt: Prompt, completion: str, finished: bool = True) -> TokenPair:
         """Ids of a row, exactly as in training; EOS is appended to finished completions only."""
-        return (
-            encode_prompt(
-                self.tokenizer,
-                prompt,
-                self.format.max_prompt_tokens,
-                is_predicted=False,
-                is_begun=self.format.is_one_text,
-            ),
-            encode_completion(
-                self.tokenizer,
-                completion,
-                self.format.max_completion_tokens,
-                append_eos=self.format.append_eos and finished,
-            ),
-        )
+        return self.format.encode(self.tokenizer, prompt, completion, finished)
 
-    @torch.no_grad()
     def score(
         self,
         prompts: Sequence[Prompt],
@@ -92,28 +143,42 @@ class RewardModel:
         """
         done = [True] * len(prompts) if finished is None else finished
         rows = [self.encode(p, c, f) for p, c, f in zip(prompts, completions, done, strict=True)]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-        raw = torch.empty(len(rows))
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = collate([rows[i] for i in chosen], int(self.tokenizer.pad_token_id))
-            raw[chosen] = score_sequences(self.model, batch.to(self.model.device)).float().cpu()
-        return Scores(reward=self.format.standardise(raw), raw=raw)
+        logits = logits_of_rows(self.model, self.tokenizer, rows, batch_size)
+        raw = self.format.raw(logits)
+        return Scores(reward=self.format.standardise(raw), raw=raw, logits=logits)
+
+    def log_odds(self, chosen: Scores, rejected: Scores) -> Tensor:
+        """log P(chosen is preferred) / P(rejected is), float32 [N], before the temperature."""
+        return self.format.log_odds(chosen, rejected)
 
     def save(self, folder: Path, adapter: Adapter | None = None) -> None:
         """Writes a Hugging Face folder; an adapter is merged into it."""
-        setattr(self.model.config, _CONFIG_KEY, asdict(self.format))
+        setattr(self.model.config, CONFIG_KEY, asdict(self.format))
         save_model(self.model if adapter is None else adapter.merged(), self.tokenizer, folder)
 
 
+@torch.no_grad()
+def logits_of_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[TokenPair], batch_size: int
+) -> Tensor:
+    """The classifier's outputs for encoded rows, float32 [N, K] on the CPU, in the order given."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    logits = torch.empty(len(rows), int(model.config.num_labels))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = collate([rows[i] for i in chosen], int(tokenizer.pad_token_id))
+        logits[chosen] = score_sequences(model, batch.to(model.device)).float().cpu()
+    return logits
+
+
 def score_sequences(model: PreTrainedModel, sequences: Sequences) -> Tensor:
-    """Raw scores of N rows, read at the last real token by the attention mask, never by the id of pad.
+    """Logits of N rows, read at the last real token by the attention mask, never by the id of pad.
 
     Decoder classifiers of transformers have a `score` head over the backbone; encoder classifiers (DistilBERT,
     RoBERTa) pool their first column themselves, so their rows are moved to the left.
 
     Returns:
-        float [N]; gradients flow where they are enabled.
+        float [N, K], K = 1 of a scalar reward model; gradients flow where they are enabled.
 
     Raises:
         RequestError: a row has more tokens than the model has positions.
@@ -130,7 +195,7 @@ def score_sequences(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     ).last_hidden_state
     rows = torch.arange(len(sequences), device=hidden.device)
     pooled = hidden[rows, last_true(sequences.attention_mask)]
-    return head(pooled)[:, 0]
+    return head(pooled)
 
 
 def _score_by_first_token(model: PreTrainedModel, sequences: Sequences) -> Tensor:
@@ -141,49 +206,80 @@ def _score_by_first_token(model: PreTrainedModel, sequences: Sequences) -> Tenso
     positions = {}
     if takes_positions(model):
         positions["position_ids"] = token_positions(attention, first_position(model))
-    return model(input_ids=ids, attention_mask=attention.long(), **positions).logits[:, 0]
+    return model(input_ids=ids, attention_mask=attention.long(), **positions).logits
 
 
-def store_scale(folder: Path, mean: float, std: float) -> None:
-    """Writes mean and standard deviation of the raw score into a saved reward model's config.
+def store_format(folder: Path, **changes: Any) -> None:
+    """Writes what was found out after training (scale, temperature, opponent) into a saved reward model's config.
 
     Raises:
-        RequestError: they cannot scale anything, because all scores are equal or one is not finite.
+        RequestError: mean and std cannot scale anything, because all scores are equal or one is not finite.
     """
+    check_scale(changes.get("mean", 0.0), changes.get("std", 1.0))
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config[CONFIG_KEY] |= changes
+    write_json_atomic(file, config)
+
+
+def check_scale(mean: float, std: float) -> None:
+    """Raises RequestError where mean and standard deviation cannot scale anything."""
     if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
         raise RequestError(
             f"rm.standardize: the reward model gives mean {mean} and std {std} on SFT samples; "
             "it has learned nothing it could be scaled by"
         )
-    file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config[_CONFIG_KEY] |= {"mean": mean, "std": std}
-    write_json_atomic(file, config)
 
 
 def load_reward_model(key: str, path: str, device: torch.device) -> RewardModel:
-    """A reward model saved by this project.
+    """A reward model saved by this project: one classifier.
 
     Raises:
-        RequestError: the folder is no reward model of this project, or has more than one label.
+        RequestError: the folder is no reward model of this project, or its outputs are not what its settings say.
     """
     model, tokenizer = load_classifier(key, path, device)
-    stored: dict[str, Any] | None = getattr(model.config, _CONFIG_KEY, None)
+    stored: dict[str, Any] | None = getattr(model.config, CONFIG_KEY, None)
     if stored is None:
-        raise RequestError(f"{key}={path}: not a reward model of this project (config.json has no {_CONFIG_KEY})")
-    known = {field.name for field in fields(RewardFormat)}
-    unknown = sorted(set(stored) - known)
-    if unknown:
-        raise RequestError(f"{key}={path}: unknown {_CONFIG_KEY} settings {', '.join(unknown)}")
-    absent = sorted({field.name for field in fields(RewardFormat) if field.default is MISSING} - set(stored))
-    if absent:
-        raise RequestError(f"{key}={path}: {_CONFIG_KEY} has no {', '.join(absent)}")
-    if model.config.num_labels != 1:
-        raise RequestError(f"{key}={path}: has {model.config.num_labels} labels; a scalar reward model has one")
-    text_format, limit = RewardFormat(**stored), max_positions(model)
+        raise RequestError(f"{key}={path}: not a reward model of this project (config.json has no {CONFIG_KEY})")
+    text_format = read_format(key, path, stored)
+    labels = model.config.num_labels
+    if text_format.grade_loss is None and labels != 1:
+        raise RequestError(f"{key}={path}: has {labels} labels; a scalar reward model has one")
+    if text_format.grade_loss is not None and labels < 2:
+        raise RequestError(
+            f"{key}={path}: has {labels} label; a distributional reward model has one for each grade"
+        )
+    if text_format.opponent and len(text_format.opponent) != labels:
+        raise RequestError(
+            f"{key}={path}: {CONFIG_KEY} has {len(text_format.opponent)} grades of the SFT model, not {labels}"
+        )
+    limit = max_positions(model)
     longest = text_format.max_prompt_tokens + text_format.max_completion_tokens
     if limit is not None and longest > limit:
         raise RequestError(
-            f"{key}={path}: {_CONFIG_KEY} has rows of up to {longest} tokens, more than the model's {limit} positions"
+            f"{key}={path}: {CONFIG_KEY} has rows of up to {longest} tokens, more than the model's {limit} positions"
         )
     return RewardModel(model, tokenizer, text_format)
+
+
+def read_format(key: str, path: str, stored: Mapping[str, Any]) -> RewardFormat:
+    """The format as it was saved.
+
+    Raises:
+        RequestError: a setting that is unknown, absent or impossible.
+    """
+    known = {field.name for field in fields(RewardFormat)}
+    unknown = sorted(set(stored) - known)
+    if unknown:
+        raise RequestError(f"{key}={path}: unknown {CONFIG_KEY} settings {', '.join(unknown)}")
+    absent = sorted({field.name for field in fields(RewardFormat) if field.default is MISSING} - set(stored))
+    if absent:
+        raise RequestError(f"{key}={path}: {CONFIG_KEY} has no {', '.join(absent)}")
+    found = RewardFormat(**{**stored, "opponent": tuple(stored.get("opponent", ()))})
+    for name, value, allowed in (
+        ("grade_loss", found.grade_loss, [None, *(one.value for one in GradeLoss)]),
+        ("read_out", found.read_out, [one.value for one in ReadOut]),
+    ):
+        if value not in allowed:
+            raise RequestError(f"{key}={path}: {CONFIG_KEY} has {name} {value}, which is none of {allowed}")
+    return found

@@ -1,69 +1,239 @@
-"""train-rm."""
+"""train-rm with one model, and what a trained one is finished with: memorised labels, temperature, scale."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
 from rlhf_cli import build
-from rlhf_cli.config.schema import Standardize
+from rlhf_cli.data.swaps import with_swaps
 from rlhf_cli.data.tokenise import prompt_batch
+from rlhf_cli.evaluation.calibration import fit_temperature
+from rlhf_cli.models.dropout import set_dropout
 from rlhf_cli.models.loading import load_causal_lm
-from rlhf_cli.rewards.model import load_reward_model, store_scale
+from rlhf_cli.ops.grades import sum_probabilities
+from rlhf_cli.ops.preference_losses import wins
+from rlhf_cli.rewards.ensemble import EnsembleRewardModel
+from rlhf_cli.rewards.model import RewardModel, Scorer, load_reward_model, store_format
+from rlhf_cli.rewards.settings import Grades, Margins, RmConfig, Standardize
 from rlhf_cli.rollout.engine import generate
 from rlhf_cli.runs.common import COUNTED_ROWS, prepare, say_cuts, train, write_card_of
 from rlhf_cli.runs.job import Artifact, Job
 from rlhf_cli.runs.scoring import RewardOfRollout
-from rlhf_cli.train.recorder import shared_run
-from rlhf_cli.train.reward import RewardTask, encode
+from rlhf_cli.settings import ReadOut
+from rlhf_cli.train.precision import Precision
+from rlhf_cli.train.probing import probe_head
+from rlhf_cli.train.recorder import RunRecorder, SilentRecorder, shared_run
+from rlhf_cli.train.reward import RewardLoss, RewardTask, encode
 from rlhf_cli.train.seeding import derive_seed
-from rlhf_cli.types import Example
+from rlhf_cli.types import Example, Preference, Rollout
+
+KEYS = ("loss", "rm/accuracy", "eval/loss", "eval/rm/accuracy")
+
+# What a finished run may hold: the selected weights, and the others.
+_MODELS = ("model", "model_best", "model_last")
 
 
 def train_rm(job: Job, seed: int, sft: Artifact) -> None:
-    """A reward model into job.folder, standardised on samples of the SFT model."""
+    """A reward model into job.folder, calibrated on validation pairs and standardised on samples of the SFT model."""
     config, data = job.config, job.data
-    settings = config.rm.train
-    num_steps = settings.num_steps(len(data.pairs))
-    keys = ("loss", "rm/accuracy", "eval/loss", "eval/rm/accuracy")
-    with shared_run(job.request(f"rm {config.rm.name}", seed, num_steps, keys, {"sft": sft})) as recorder:
-        reward_model = build.new_reward_model(config, sft.path, job.precision.device)
-        data.check_tokenizer("rm.model", reward_model.tokenizer)
-        build.check_context(config, "rm.model", reward_model.model, data.max_completion_tokens)
-        chosen = [Example(pair.prompt, pair.chosen) for pair in data.pairs[:COUNTED_ROWS]]
-        say_cuts(recorder, reward_model.tokenizer, chosen, data.max_prompt_tokens, data.max_completion_tokens)
+    num_steps = config.rm.train.num_steps(len(data.pairs))
+    with shared_run(job.request(f"rm {config.rm.name}", seed, num_steps, KEYS, {"sft": sft})) as recorder:
+        reward_model = build.new_reward_model(config, sft.path, job.precision.device, seed)
+        check_rows(job, recorder, reward_model)
+        pairs = training_pairs(job)
+        if config.rm.probe_steps:
+            probe(job, recorder, seed, reward_model, pairs)
         base = build.rm_base(config, sft.path)
-        adapter = prepare(recorder, "rm.peft", config.rm.peft, settings, reward_model.model, base, seed)
-        task = RewardTask(
-            reward_model,
-            encode(reward_model, data.pairs),
-            encode(reward_model, data.pairs_validation),
-            settings,
-            job.precision,
-            seed,
-            use_margin=config.rm.use_margin,
-            world=job.world,
-            adapter=adapter,
-        )
-        curves = (*keys, "rm/margin", "grad_norm")
-        extra = train(task, settings, num_steps, job, recorder, seed, curves, ("rm.train.micro_batch_size",))
-        if config.rm.standardize is Standardize.sft_samples:
-            extra |= _standardise(job, seed, sft)
-            recorder.summary(extra)
+        extra = fit_reward_model(job, recorder, seed, reward_model, pairs, base)
+        extra |= finished(job, seed, sft)
+        recorder.summary(extra)
         write_card_of(job, seed, base, {"sft": sft}, extra)
 
 
-def _standardise(job: Job, seed: int, sft: Artifact) -> dict[str, float]:
-    """Stores mean and std of the raw reward over samples of the SFT model with the reward model."""
-    config, data, device = job.config, job.data, job.precision.device
-    reward_model = load_reward_model("rm.path", str(job.folder / "model"), device)
-    policy, tokenizer = load_causal_lm("sft.path", sft.path, device)
-    prompts = data.prompts[: config.rm.standardize_samples]
+def check_rows(job: Job, recorder: RunRecorder | SilentRecorder, reward_model: RewardModel) -> None:
+    """The rows suit the model; what its caps cut is told."""
+    data = job.data
+    data.check_tokenizer("rm.model", reward_model.tokenizer)
+    build.check_context(job.config, "rm.model", reward_model.model, data.max_completion_tokens)
+    chosen = [Example(pair.prompt, pair.chosen) for pair in data.pairs[:COUNTED_ROWS]]
+    say_cuts(recorder, reward_model.tokenizer, chosen, data.max_prompt_tokens, data.max_completion_tokens)
+
+
+def training_pairs(job: Job) -> Sequence[Preference]:
+    """The data's pairs, with labels swapped as the config asks."""
+    rm: RmConfig = job.config.rm
+    return with_swaps(job.data.pairs, rm.label_swap_rate, rm.label_swap_seed)
+
+
+def probe(
+    job: Job,
+    recorder: RunRecorder | SilentRecorder,
+    seed: int,
+    reward_model: RewardModel,
+    pairs: Sequence[Preference],
+) -> None:
+    """Linear probing: the head alone learns first."""
+    rm: RmConfig = job.config.rm
+    task = _task(job, derive_seed(seed, "probe"), reward_model, pairs)
+    accuracy = probe_head(task, rm.probe_steps, rm.probe_lr, job.world)
+    recorder.message(
+        f"linear probing: {rm.probe_steps} steps of the head alone, validation accuracy {accuracy:.3f}"
+    )
+
+
+def fit_reward_model(
+    job: Job,
+    recorder: RunRecorder | SilentRecorder,
+    seed: int,
+    reward_model: RewardModel,
+    pairs: Sequence[Preference],
+    base: str | None,
+) -> dict[str, float]:
+    """Trains it and returns its figures.
+
+    Args:
+        job, recorder, seed: of the run.
+        reward_model: before training; it gets the configured dropout and adapter.
+        pairs: training rows, swapped labels included.
+        base: what its backbone was loaded from; None where it starts from scratch.
+    """
+    rm: RmConfig = job.config.rm
+    if rm.dropout is not None:
+        set_dropout("rm.dropout", reward_model.model, rm.dropout)
+    adapter = prepare(recorder, "rm.peft", rm.peft, rm.train, reward_model.model, base, seed)
+    task = _task(job, seed, reward_model, pairs)
+    task.adapter = adapter
+    num_steps = rm.train.num_steps(len(pairs))
+    curves = (*KEYS, "rm/margin", "grad_norm")
+    figures = train(task, rm.train, num_steps, job, recorder, seed, curves, ("rm.train.micro_batch_size",))
+    return figures | _memorised(job, pairs)
+
+
+def _task(job: Job, seed: int, reward_model: RewardModel, pairs: Sequence[Preference]) -> RewardTask:
+    rm: RmConfig = job.config.rm
+    loss = RewardLoss(
+        use_margin=isinstance(rm, Margins) and rm.use_margin,
+        entropy_bonus=rm.entropy_bonus if isinstance(rm, Grades) and rm.num_labels > 1 else 0.0,
+    )
+    validation = encode(reward_model, job.data.pairs_validation)
+    return RewardTask(
+        reward_model, encode(reward_model, pairs), validation, rm.train, job.precision, seed, loss, job.world
+    )
+
+
+def _memorised(job: Job, pairs: Sequence[Preference]) -> dict[str, float]:
+    """Accuracy on training rows with swapped labels, by those labels, and on the others; nothing without swaps."""
+    seen = list(islice(pairs, 2 * COUNTED_ROWS))
+    parts = {
+        name: [pair for pair in seen if pair.swapped is swapped][:COUNTED_ROWS]
+        for name, swapped in (("clean", False), ("corrupted", True))
+    }
+    if not parts["corrupted"]:
+        return {}
+    reward_model = load_reward_model("rm.path", str(job.folder / "model"), job.precision.device)
+    return {
+        f"rm/train_{name}/accuracy": scored(reward_model, rows, job.precision).accuracy
+        for name, rows in parts.items()
+        if rows
+    }
+
+
+def finished(job: Job, seed: int, sft: Artifact) -> dict[str, float]:
+    """Fits temperature and scale of every model of the run and stores them with it; the figures of model/."""
+    rm: RmConfig = job.config.rm
+    rollout = sft_samples(job, seed, sft) if rm.standardize is Standardize.sft_samples else None
+    found: dict[str, float] = {}
+    for name in reversed(_MODELS):
+        folder = job.folder / name
+        if job.world.from_main(folder.is_dir):
+            found = _finish(job, folder, rollout)
+    return found
+
+
+def _finish(job: Job, folder: Path, rollout: Rollout | None) -> dict[str, float]:
+    reward_model = load_reward_model("rm.path", str(folder), job.precision.device)
+    changes, figures = adjusted(job, reward_model, rollout)
+    if job.world.is_main:
+        store_format(folder, **changes)
+    return figures
+
+
+def adjusted(job: Job, scorer: Scorer, rollout: Rollout | None) -> tuple[dict[str, Any], dict[str, float]]:
+    """What has to be stored with a trained reward model, and the same as figures.
+
+    Args:
+        job: its rows and settings.
+        scorer: one model or several; what is found is set in its format, for one depends on the other.
+        rollout: this process' samples of the SFT model; None where rewards are not standardised.
+    """
+    rm: RmConfig = job.config.rm
+    changes: dict[str, Any] = {}
+    figures: dict[str, float] = {}
+    if rm.calibrate:
+        log_odds = scored(scorer, job.data.pairs_validation, job.precision).log_odds
+        changes["temperature"] = figures["rm/temperature"] = fit_temperature(log_odds.double().numpy())
+    if rollout is not None:
+        reward = RewardOfRollout(scorer, job.precision, job.config.rollout.max_rows)
+        if scorer.format.read_out == ReadOut.win_rate.value and scorer.format.grade_loss is not None:
+            logits = job.world.gather(reward(rollout).logits)
+            changes["opponent"] = (sum_probabilities(logits.double()) / len(logits)).tolist()
+            scorer.format = replace(scorer.format, opponent=tuple(changes["opponent"]))
+        if isinstance(scorer, EnsembleRewardModel):
+            scorer.centres = [
+                _mean_raw(job, replace(one, format=scorer.format), rollout) for one in scorer.members
+            ]
+        raw = job.world.gather(reward(rollout).raw).double()
+        changes |= {"mean": float(raw.mean()), "std": float(raw.std())}
+        figures |= {"rm/sft_mean": changes["mean"], "rm/sft_std": changes["std"]}
+    scorer.format = replace(scorer.format, **{**changes, "opponent": scorer.format.opponent})
+    return changes, figures
+
+
+def _mean_raw(job: Job, scorer: Scorer, rollout: Rollout) -> float:
+    reward = RewardOfRollout(scorer, job.precision, job.config.rollout.max_rows)
+    return float(job.world.gather(reward(rollout).raw).double().mean())
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """What a reward model says of Q pairs."""
+
+    margin: Tensor  # float32 [Q], raw
+    log_odds: Tensor  # float32 [Q], before the temperature
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the pairs whose preferred side has the higher reward; a tie counts one half."""
+        return float(wins(self.margin)) / len(self.margin)
+
+    @property
+    def nll(self) -> float:
+        """Mean of -log P(preferred side is preferred), nats."""
+        return float(softplus(-self.log_odds.double()).mean())
+
+
+def scored(scorer: Scorer, pairs: Sequence[Preference], precision: Precision) -> ScoredPairs:
+    """Scores both sides of every pair."""
+    prompts = [pair.prompt for pair in pairs]
+    with precision.autocast():
+        chosen = scorer.score(prompts, [pair.chosen for pair in pairs])
+        rejected = scorer.score(prompts, [pair.rejected for pair in pairs])
+    return ScoredPairs(chosen.raw - rejected.raw, scorer.log_odds(chosen, rejected))
+
+
+def sft_samples(job: Job, seed: int, sft: Artifact) -> Rollout:
+    """This process' share of samples of the SFT model, one for each prompt."""
+    policy, tokenizer = load_causal_lm("sft.path", sft.path, job.precision.device)
+    prompts = job.data.prompts[: job.config.rm.standardize_samples]
     mine = job.world.share(len(prompts))
-    batch = prompt_batch(tokenizer, prompts[mine], range(len(prompts))[mine], data.max_prompt_tokens)
-    with job.precision.autocast():
-        rollout = generate(policy, tokenizer, batch, 1, job.sampling, derive_seed(seed, "standardise"), 0)
-    reward = RewardOfRollout(reward_model, job.precision, config.rollout.max_rows)
-    raw = job.world.gather(reward(rollout).raw).double()
-    mean, std = float(raw.mean()), float(raw.std())
-    for name in ("model", "model_best", "model_last"):
-        if job.world.is_main and (job.folder / name).is_dir():
-            store_scale(job.folder / name, mean, std)
-    return {"rm/sft_mean": mean, "rm/sft_std": std}
+    batch = prompt_batch(tokenizer, prompts[mine], range(len(prompts))[mine], job.data.max_prompt_tokens)
+    with torch.no_grad(), job.precision.autocast():
+        return generate(policy, tokenizer, batch, 1, job.sampling, derive_seed(seed, "standardise"), 0)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rlhf_cli.config.schema import RmConfig
 from rlhf_cli.models.causal import LanguageModel
 from rlhf_cli.models.loading import load_causal_lm
-from rlhf_cli.rewards.model import RewardModel
+from rlhf_cli.rewards.model import Scorer
+from rlhf_cli.rewards.settings import RmConfig
 from rlhf_cli.runs.job import Job
 from rlhf_cli.train.measuring import HeldOut, measure
 from rlhf_cli.train.precision import Precision
@@ -23,7 +23,7 @@ from rlhf_cli.types import Rollout, Scores
 class RewardOfRollout:
     """A reward model as the reward of a policy."""
 
-    reward_model: RewardModel
+    reward_model: Scorer
     precision: Precision
     max_rows: int = 128  # scored together
 
@@ -34,7 +34,7 @@ class RewardOfRollout:
             return self.reward_model.score(rollout.prompts, rollout.completions, finished, min(128, self.max_rows))
 
 
-def reward_noise(rm: RmConfig, reward_model: RewardModel, seed: int) -> RewardNoise | None:
+def reward_noise(rm: RmConfig, reward_model: Scorer, seed: int) -> RewardNoise | None:
     """`rm.noise` is on the reward model's own scale; what a policy is trained on is standardised."""
     return RewardNoise(rm.noise / reward_model.format.std, seed) if rm.noise else None
 

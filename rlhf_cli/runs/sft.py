@@ -8,7 +8,10 @@ from rlhf_cli.models.loading import resolve_path
 from rlhf_cli.runs.common import prepare, say_cuts, train, write_card_of
 from rlhf_cli.runs.job import Job
 from rlhf_cli.train.recorder import shared_run
-from rlhf_cli.train.sft import SftTask
+from rlhf_cli.train.sft import SftTask, Snapshots, snapshot_steps
+
+# Folder beside model/ with the models that were kept on the way.
+SNAPSHOTS = "snapshots"
 
 
 def train_sft(job: Job, seed: int) -> None:
@@ -33,6 +36,7 @@ def train_sft(job: Job, seed: int) -> None:
             seed,
             job.world,
             adapter,
+            snapshots=Snapshots(job.folder / SNAPSHOTS, snapshot_steps(num_steps, config.sft.snapshots)),
         )
         curves = ("loss", "eval/loss", "grad_norm", "lr")
         summary = train(task, settings, num_steps, job, recorder, seed, curves, ("sft.train.micro_batch_size",))

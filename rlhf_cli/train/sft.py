@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.data.rows import rows_of_epochs
 from rlhf_cli.data.tokenise import TokenPair, collate
+from rlhf_cli.files import write_folder_atomic
 from rlhf_cli.models.adapters import Adapter, save_trained
 from rlhf_cli.models.causal import token_logprobs
 from rlhf_cli.models.recompute import recomputing
@@ -21,6 +23,27 @@ from rlhf_cli.train.loop import Evaluation, StepBatch, Task
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.train.seeding import batch_places
 from rlhf_cli.types import LossOutput, Sequences
+
+
+@dataclass(frozen=True)
+class Snapshots:
+    """Models that are kept on the way: reward models that are averaged may start from them."""
+
+    folder: Path
+    steps: Container[int] = ()  # after which steps, from 1
+
+    def path(self, step: int) -> Path:
+        """Of the model after a step; names sort by step."""
+        return self.folder / f"step-{step:08d}"
+
+
+def snapshot_steps(num_steps: int, number: int) -> list[int]:
+    """After which steps a model is kept: `number` of them, evenly, the end not among them; fewer in a short run.
+
+    >>> snapshot_steps(100, 3)
+    [25, 50, 75]
+    """
+    return sorted({round(num_steps * i / (number + 1)) for i in range(1, number + 1)} - {0, num_steps})
 
 
 class SftTask(Task):
@@ -37,6 +60,7 @@ class SftTask(Task):
         seed: int,
         world: World = ALONE,
         adapter: Adapter | None = None,
+        snapshots: Snapshots | None = None,
     ) -> None:
         self.model: PreTrainedModel = model
         self.tokenizer = tokenizer
@@ -47,10 +71,13 @@ class SftTask(Task):
         self.seed = seed
         self.world = world
         self.adapter = adapter
+        self.snapshots = snapshots
+        self._step = 0
 
     def batch(self, step: int) -> StepBatch:
         """This process' rows of a step, as a function of the step alone."""
         self.model.train()
+        self._step = step
         size = self.settings.batch_size
         mine = self.world.share(size)
         epochs, places = batch_places(self.seed, step, size, len(self.rows))
@@ -85,6 +112,12 @@ class SftTask(Task):
         total, num_tokens = self.world.sum([total, count])
         loss = total / num_tokens
         return Evaluation({"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, score=-loss)
+
+    def after_step(self) -> None:
+        """Keeps the model where this step is one of those."""
+        step = self._step + 1
+        if self.snapshots is not None and step in self.snapshots.steps and self.world.is_main:
+            write_folder_atomic(self.save, self.snapshots.path(step))
 
     def save(self, folder: Path) -> None:
         """Writes a Hugging Face folder."""

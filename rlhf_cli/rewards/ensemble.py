@@ -1,0 +1,128 @@
+"""Several reward models as one: the mean of their predictions, and how far they disagree.
+
+What is saved is a folder of ordinary reward models with an index, ensemble.json, which has the settings of the whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_cli.errors import RequestError
+from rlhf_cli.files import write_json_atomic
+from rlhf_cli.models.loading import INDEX_FILE
+from rlhf_cli.rewards.model import (
+    RewardFormat,
+    RewardModel,
+    Scorer,
+    check_scale,
+    load_reward_model,
+    logits_of_rows,
+    read_format,
+)
+from rlhf_cli.types import Prompt, Scores
+
+_FORMAT_KEY = "rlhf_reward"
+
+
+@dataclass
+class EnsembleRewardModel:
+    """The prediction mean of M reward models that read text alike (ENS in Rame et al. 2024, arXiv:2401.12187).
+
+    Scalars are averaged as they are; of distributions over grades the mean distribution is read out. The disagreement
+    is the standard deviation of the members' raw scores about their mean, each less its own mean on SFT samples, for a
+    constant says nothing about a pair. Times `penalty` it is subtracted from the raw score (Coste et al. 2024,
+    arXiv:2310.02743, use the variance so).
+    """
+
+    members: Sequence[RewardModel]
+    format: RewardFormat  # of the whole: scale, temperature, read-out
+    centres: Sequence[float]  # M, mean raw score of each member on SFT samples
+    penalty: float = 0.0
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of all members."""
+        return self.members[0].tokenizer
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        finished: Sequence[bool] | None = None,
+        batch_size: int = 128,
+    ) -> Scores:
+        """Scores completions from their text, by M forward passes; see `RewardModel.score`."""
+        done = [True] * len(prompts) if finished is None else finished
+        rows = [
+            self.format.encode(self.tokenizer, p, c, f) for p, c, f in zip(prompts, completions, done, strict=True)
+        ]
+        return self.of_logits([logits_of_rows(one.model, one.tokenizer, rows, batch_size) for one in self.members])
+
+    def of_logits(self, logits: Sequence[Tensor]) -> Scores:
+        """Scores from the members' logits, M of [N, K]."""
+        each = torch.stack([self.format.raw(one) for one in logits])
+        stacked = torch.stack(list(logits))
+        if self.format.grade_loss is None:
+            mean = stacked.mean(dim=0)
+        else:
+            mean = torch.logsumexp(stacked.log_softmax(dim=-1), dim=0)
+        spread = (each - torch.tensor(self.centres)[:, None]).std(dim=0, correction=0)
+        raw = self.format.raw(mean) - self.penalty * spread
+        return Scores(self.format.standardise(raw), raw, mean, spread / self.format.std)
+
+    def log_odds(self, chosen: Scores, rejected: Scores) -> Tensor:
+        """log P(chosen is preferred) / P(rejected is) of the mean prediction, float32 [N], before the temperature."""
+        return self.format.log_odds(chosen, rejected)
+
+
+def save_ensemble(folder: Path, members: Sequence[Path], ensemble: EnsembleRewardModel) -> None:
+    """Writes the members' folders and, last, the index.
+
+    Args:
+        folder: of the whole.
+        members: M folders of saved reward models, which are copied.
+        ensemble: its settings.
+    """
+    check_scale(ensemble.format.mean, ensemble.format.std)
+    names = [f"member-{i}" for i in range(len(members))]
+    for name, member in zip(names, members, strict=True):
+        shutil.copytree(member, folder / name, dirs_exist_ok=True)
+    index = {
+        "members": names,
+        "centres": list(ensemble.centres),
+        "disagreement_penalty": ensemble.penalty,
+        _FORMAT_KEY: asdict(ensemble.format),
+    }
+    write_json_atomic(folder / INDEX_FILE, index)
+
+
+def load_scorer(key: str, path: str, device: torch.device) -> Scorer:
+    """A reward model or an ensemble of them, as saved by this project.
+
+    Raises:
+        RequestError: the folder is neither, or its parts do not fit together.
+    """
+    file = Path(path) / INDEX_FILE
+    if not file.is_file():
+        return load_reward_model(key, path, device)
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        names = [str(name) for name in index["members"]]
+        centres = [float(centre) for centre in index["centres"]]
+        penalty, stored = float(index["disagreement_penalty"]), dict(index[_FORMAT_KEY])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RequestError(
+            f"{key}={path}: {INDEX_FILE} cannot be read ({type(error).__name__}: {error})"
+        ) from None
+    if not names or len(names) != len(centres) or any(Path(name).name != name for name in names):
+        raise RequestError(f"{key}={path}: {INDEX_FILE} does not name its members, or not a centre for each")
+    members = [load_reward_model(key, str(Path(path) / name), device) for name in names]
+    return EnsembleRewardModel(members, read_format(key, path, stored), centres, penalty)

@@ -1,0 +1,142 @@
+"""Members, best first, made into one reward model: the mean of their weights (rm=warm) or predictions (rm=ensemble).
+
+Members are ranked by accuracy on the validation pairs, which no test figure is taken from. `selection=all` merges all
+of them. `selection=greedy` walks down the ranking and keeps a member where the merged model is then no less accurate
+there (greedy soup, Wortsman et al. 2022, arXiv:2203.05482, algorithm 1). For every number of members metrics.jsonl has
+the accuracy of the mean of the first ones' weights and of their predictions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_cli import build
+from rlhf_cli.files import write_folder_atomic
+from rlhf_cli.ops.merging import lerp_many
+from rlhf_cli.report.plots import training_curves
+from rlhf_cli.rewards.ensemble import EnsembleRewardModel, save_ensemble
+from rlhf_cli.rewards.model import RewardModel, Scorer, load_reward_model
+from rlhf_cli.rewards.settings import EnsembleRm, MembersRm, Selection, Standardize
+from rlhf_cli.runs.common import write_card_of
+from rlhf_cli.runs.job import Artifact, Job
+from rlhf_cli.runs.reward import adjusted, scored, sft_samples
+from rlhf_cli.train.recorder import RunRecorder, SilentRecorder, shared_run
+
+_KEYS = ("selection/member", "selection/weight_average", "selection/ensemble")
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A trained member, on the CPU, and how good it is on the validation pairs."""
+
+    number: int
+    path: Path
+    model: RewardModel
+    accuracy: float
+    nll: float
+
+
+def merge_members(job: Job, seed: int, sft: Artifact, members: Sequence[Artifact]) -> None:
+    """A reward model into job.folder, calibrated on validation pairs and standardised on samples of the SFT model."""
+    rm: MembersRm = job.config.rm
+    upstream = {"sft": sft} | {f"member-{i}": member for i, member in enumerate(members)}
+    with shared_run(job.request(f"rm {rm.name}", seed, len(members), _KEYS, upstream)) as recorder:
+        began = time.perf_counter()
+        ranked = _ranked(job, members)
+        _say_ranking(recorder, ranked)
+        _record_prefixes(job, recorder, ranked)
+        chosen = _greedy(job, ranked) if rm.selection is Selection.greedy else ranked
+        rollout = sft_samples(job, seed, sft) if rm.standardize is Standardize.sft_samples else None
+        scorer = _merged(job, chosen)
+        _, figures = adjusted(job, scorer, rollout)
+        if job.world.is_main:
+            write_folder_atomic(job.folder / "model", lambda folder: _save(scorer, chosen, folder))
+        merged = scored(scorer, job.data.pairs_validation, job.precision)
+        figures |= {
+            "loss": merged.nll,
+            "rm/accuracy": merged.accuracy,
+            "rm/members": len(chosen),
+            "rm/members_trained": len(members),
+            "time_s": time.perf_counter() - began,
+        }
+        recorder.summary(figures)
+        if isinstance(recorder, RunRecorder):
+            rows = recorder.run.metrics().rows
+            training_curves(recorder.run.plots / "members.png", rows, _KEYS, "Accuracy by number of members")
+        if not isinstance(scorer, EnsembleRewardModel):
+            write_card_of(job, seed, None, upstream, figures)
+
+
+def averaged(models: Sequence[RewardModel]) -> RewardModel:
+    """The mean of the models' weights, in float64, in the architecture of the first.
+
+    Raises:
+        ValueError: models that do not fit together.
+    """
+    weights = [model.model.state_dict() for model in models]
+    twin = type(models[0].model)(models[0].model.config).to(models[0].model.device).eval()
+    twin.load_state_dict(lerp_many(weights[0], weights))
+    return RewardModel(twin, models[0].tokenizer, models[0].format)
+
+
+def _ranked(job: Job, members: Sequence[Artifact]) -> list[_Member]:
+    """Best first: by accuracy, ties by likelihood, then by number."""
+    found = []
+    for number, member in enumerate(members):
+        model = load_reward_model("rm.members", member.path, job.precision.device)
+        model.format = build.reward_format(job.config)
+        pairs = scored(model, job.data.pairs_validation, job.precision)
+        found.append(_Member(number, Path(member.path), model, pairs.accuracy, pairs.nll))
+    return sorted(found, key=lambda one: (-one.accuracy, one.nll, one.number))
+
+
+def _say_ranking(recorder: RunRecorder | SilentRecorder, ranked: Sequence[_Member]) -> None:
+    shown = ", ".join(f"{one.number} ({one.accuracy:.3f})" for one in ranked)
+    recorder.message(f"members by accuracy on the validation pairs: {shown}")
+
+
+def _record_prefixes(job: Job, recorder: RunRecorder | SilentRecorder, ranked: Sequence[_Member]) -> None:
+    """A row for each number of members: the one that joins, the mean of weights, the mean of predictions."""
+    for count in range(1, len(ranked) + 1):
+        first = [one.model for one in ranked[:count]]
+        row: Mapping[str, float] = {
+            "selection/member": ranked[count - 1].accuracy,
+            "selection/weight_average": _accuracy(job, averaged(first)),
+            "selection/ensemble": _accuracy(job, _ensemble(job, first)),
+            "member": ranked[count - 1].number,
+        }
+        recorder.metrics(count, row)
+
+
+def _greedy(job: Job, ranked: Sequence[_Member]) -> list[_Member]:
+    chosen, best = [ranked[0]], ranked[0].accuracy
+    for one in ranked[1:]:
+        accuracy = _accuracy(job, _merged(job, [*chosen, one]))
+        if accuracy >= best:
+            chosen, best = [*chosen, one], accuracy
+    return chosen
+
+
+def _accuracy(job: Job, scorer: Scorer) -> float:
+    return scored(scorer, job.data.pairs_validation, job.precision).accuracy
+
+
+def _merged(job: Job, members: Sequence[_Member]) -> RewardModel | EnsembleRewardModel:
+    models = [one.model for one in members]
+    return _ensemble(job, models) if isinstance(job.config.rm, EnsembleRm) else averaged(models)
+
+
+def _ensemble(job: Job, models: Sequence[RewardModel]) -> EnsembleRewardModel:
+    rm = job.config.rm
+    penalty = rm.disagreement_penalty if isinstance(rm, EnsembleRm) else 0.0
+    return EnsembleRewardModel(models, build.reward_format(job.config), [0.0] * len(models), penalty)
+
+
+def _save(scorer: RewardModel | EnsembleRewardModel, members: Sequence[_Member], folder: Path) -> None:
+    if isinstance(scorer, EnsembleRewardModel):
+        save_ensemble(folder, [one.path for one in members], scorer)
+    else:
+        scorer.save(folder)

@@ -1,0 +1,105 @@
+"""sft -> rm -> policy: finds the model a stage needs, or trains it once and keeps it under a digest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from rlhf_cli.build import starts_from_sft
+from rlhf_cli.models.loading import resolve_path
+from rlhf_cli.rewards.settings import MembersRm, RmConfig
+from rlhf_cli.runs.job import Artifact, Job
+from rlhf_cli.runs.members import train_member, train_start
+from rlhf_cli.runs.merged_reward import merge_members
+from rlhf_cli.runs.reward import train_rm
+from rlhf_cli.runs.sft import SNAPSHOTS, train_sft
+from rlhf_cli.stages.cache import Say, cached
+from rlhf_cli.stages.keys import (
+    file_digest,
+    merged_rm_key,
+    rm_key,
+    rm_member_key,
+    rm_start_key,
+    sft_key,
+)
+from rlhf_cli.train.seeding import derive_seed
+
+
+def resolve_sft(job: Job, say: Say) -> Artifact:
+    """The SFT model: the given one, a cached one, or one trained now."""
+    config = job.config
+    if config.sft.path is not None:
+        return _given("sft.path", config.sft.path, say)
+    key = sft_key(job)
+    return cached(job, key, say, lambda folder: train_sft(_stage_job(job, folder, "train-sft"), config.sft.seed))
+
+
+def resolve_rm(job: Job, sft: Callable[[], Artifact], say: Say) -> Artifact:
+    """The reward model: the given one, a cached one, or one trained now.
+
+    Args:
+        job: what needs it.
+        sft: gives the SFT model; called only where the reward model is not given.
+        say: takes lines for the person watching.
+    """
+    config = job.config
+    if config.rm.path is not None:
+        return _given("rm.path", config.rm.path, say)
+    upstream = sft()
+    if not config.rm.has_members:
+        key = rm_key(job, upstream)
+        return cached(
+            job, key, say, lambda folder: train_rm(_stage_job(job, folder, "train-rm"), config.rm.seed, upstream)
+        )
+    members = resolve_members(job, upstream, say)
+    return cached(
+        job,
+        merged_rm_key(job, upstream, members),
+        say,
+        lambda folder: merge_members(_stage_job(job, folder, "train-rm"), config.rm.seed, upstream, members),
+    )
+
+
+def resolve_members(job: Job, sft: Artifact, say: Say) -> list[Artifact]:
+    """The reward models that one is made of, or the one that `rm.member` asks for: cached, or trained now.
+
+    Members are trained one after the other. Several processes that are started for one member each share the start,
+    and what they train is found by the one that asks for all.
+    """
+    rm: MembersRm = job.config.rm
+    start_key = rm_start_key(job, sft)
+    start = cached(
+        job, start_key, say, lambda folder: train_start(_stage_job(job, folder, "train-rm"), rm.seed, sft)
+    )
+    begins: list[Artifact | None] = [None, *_snapshots(sft)] if starts_from_sft(job.config) else [None]
+    numbers = range(rm.members) if rm.member is None else [rm.member]
+    found = []
+    for number in numbers:
+        member = rm.of_member(number, derive_seed(rm.seed, "member", number))
+        snapshot = begins[number % len(begins)]
+        train = partial(_train_member, job, member, start, snapshot)
+        found.append(cached(job, rm_member_key(job, member, start, snapshot), say, train))
+    return found
+
+
+def _train_member(job: Job, member: RmConfig, start: Artifact, snapshot: Artifact | None, folder: Path) -> None:
+    own = replace(job, config=replace(job.config, rm=member))
+    train_member(_stage_job(own, folder, "train-rm"), member.seed, start, snapshot)
+
+
+def _snapshots(sft: Artifact) -> list[Artifact]:
+    """Models that the SFT run kept on its way, the latest first."""
+    folders = sorted((Path(sft.path).parent / SNAPSHOTS).glob("step-*"), reverse=True)
+    return [Artifact(str(folder), file_digest(str(folder))) for folder in folders]
+
+
+def _given(key: str, path: str, say: Say) -> Artifact:
+    resolved = resolve_path(key, path)
+    say(f"{key.split('.')[0]}: using {resolved} ({key} is set)")
+    return Artifact(resolved, file_digest(resolved))
+
+
+def _stage_job(job: Job, folder: Path, command: str) -> Job:
+    return replace(job, folder=folder, command=command, tracked=False, resume=True)
