@@ -24,7 +24,7 @@ def log_pair_probability(winner_logits: Tensor, loser_logits: Tensor, loss: Grad
         renorm    strict(w, l) / (strict(w, l) + strict(l, w)), no tie being possible
 
     half_tie as logsumexp_i [l_w(i) + log(F_l(i-1) + p_l(i) / 2)], l = log p, F the distribution function. The first
-    grade has F(0) = 0 and stands apart, because the gradient of a logaddexp with -inf is NaN.
+    grade stands apart, so that no log F(0) = -inf is among what has a gradient.
 
     Args:
         winner_logits: [N, K], of the preferred completions.
