@@ -140,3 +140,20 @@ class KlSettings:
             f"kl.placement={self.placement.value} kl.estimator={self.estimator.value}: {reason} "
             "(right are reward with k1, and loss with k2)"
         )
+
+
+class GradeLoss(Enum):
+    """What a pair's probability is under a distributional reward model; see `rlhf_cli.ops.grades`."""
+
+    strict = "strict"
+    half_tie = "half_tie"
+    renorm = "renorm"
+
+
+class ReadOut(Enum):
+    """How a distribution over grades becomes a reward; see `rlhf_cli.ops.grades`."""
+
+    mean = "mean"
+    mean_std = "mean_std"
+    cvar = "cvar"
+    win_rate = "win_rate"

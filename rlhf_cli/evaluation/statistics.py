@@ -260,6 +260,8 @@ def wilson_interval(successes: float, n: int, level: float = 0.95) -> Estimate:
 class ReliabilityBin:
     """Predictions that fall between two edges: what was predicted, and what came about."""
 
+    lo: float
+    hi: float
     count: int
     probability: float  # mean prediction
     frequency: float  # mean outcome
@@ -287,7 +289,13 @@ def reliability(probability: ArrayLike, outcome: ArrayLike, num_bins: int = 15) 
     sum_p = np.bincount(index, weights=p, minlength=num_bins)
     sum_o = np.bincount(index, weights=o, minlength=num_bins)
     return [
-        ReliabilityBin(int(count[b]), float(sum_p[b] / count[b]), float(sum_o[b] / count[b]))
+        ReliabilityBin(
+            float(b / num_bins),
+            float((b + 1) / num_bins),
+            int(count[b]),
+            float(sum_p[b] / count[b]),
+            float(sum_o[b] / count[b]),
+        )
         for b in np.flatnonzero(count)
     ]
 

@@ -1,0 +1,105 @@
+import math
+
+import numpy as np
+import pytest
+
+from rlhf_cli.evaluation.calibration import (
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
+    calibration,
+    fit_temperature,
+    mean_nll,
+    probability,
+    reliability_rows,
+    temperature_note,
+)
+from rlhf_cli.evaluation.statistics import brier, expected_calibration_error, negative_log_likelihood
+
+
+def _pairs(true_temperature, n=40_000, seed=0, scale=2.0):
+    """Log-odds of the preferred side, where sigmoid(z / T) is how often a model's z for the first side is right."""
+    rng = np.random.default_rng(seed)
+    z = scale * true_temperature * rng.standard_normal(n)
+    first_is_preferred = rng.random(n) < 1 / (1 + np.exp(-z / true_temperature))
+    return np.where(first_is_preferred, z, -z)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.4, 1.0, 3.0, 50.0])
+def test_the_temperature_behind_the_outcomes_is_found(temperature):
+    z = _pairs(temperature)
+    assert fit_temperature(z) == pytest.approx(temperature, rel=0.03)
+    after = calibration(z, fit_temperature(z))
+    assert after.ece < 0.01
+    if temperature != 1.0:
+        before = calibration(z)
+        assert before.ece > 0.03 and before.nll > after.nll and before.brier > after.brier
+
+
+def test_it_is_found_in_a_case_worked_by_hand():
+    # Three right pairs to one wrong at one distance: sigmoid(2 / T) = 3/4, T = 2 / ln 3
+    assert fit_temperature([2, 2, 2, -2]) == pytest.approx(2 / math.log(3), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_temperature_is_better_and_there_is_one_valley(seed):
+    rng = np.random.default_rng(seed)
+    z = rng.standard_normal(rng.integers(2, 60)) * 10 ** rng.uniform(-2, 2) + rng.uniform(-1, 3)
+    grid = np.exp(np.linspace(-6, 6, 2001))
+    nll = np.array([mean_nll(z, temperature) for temperature in grid])
+    fitted = mean_nll(z, fit_temperature(z))
+    assert fitted <= nll.min() + 1e-12
+    assert fitted <= mean_nll(z)
+    lowest = int(nll.argmin())
+    assert (np.diff(nll[: lowest + 1]) <= 1e-12).all() and (np.diff(nll[lowest:]) >= -1e-12).all()
+
+
+def test_the_unit_of_the_log_odds_does_not_matter():
+    z = _pairs(1.0, n=500)
+    assert fit_temperature(7 * z) == pytest.approx(7 * fit_temperature(z), rel=1e-6)
+
+
+def test_pairs_that_say_nothing_of_a_temperature_give_a_bound_and_a_note():
+    assert fit_temperature([0.5, 3.0, 0.0]) == MIN_TEMPERATURE  # all right
+    assert fit_temperature([1000.0]) == MIN_TEMPERATURE  # where the likelihood is 1 at every temperature
+    assert fit_temperature([1.0, -1.0]) == MAX_TEMPERATURE  # as good as its opposite
+    assert fit_temperature([-1.0, -2.0]) == MAX_TEMPERATURE
+    assert "lowest" in temperature_note(MIN_TEMPERATURE) and "highest" in temperature_note(MAX_TEMPERATURE)
+    assert temperature_note(1.0) is None
+    # The minimum lies beyond the bounds: 1e-3 / ln 3 and 1e4 / ln 3.
+    assert fit_temperature(np.array([1, 1, 1, -1]) * 1e-3) == MIN_TEMPERATURE
+    assert fit_temperature(np.array([1, 1, 1, -1]) * 1e4) == MAX_TEMPERATURE
+
+
+def test_pairs_that_are_all_ties_leave_the_temperature_alone():
+    assert fit_temperature([0.0, 0.0]) == 1.0
+
+
+@pytest.mark.parametrize("z", [[], [1.0, math.nan], [math.inf], [[1.0]]])
+def test_no_pair_and_numbers_that_are_none_are_refused(z):
+    with pytest.raises(ValueError, match="log-odds"):
+        fit_temperature(z)
+
+
+def test_the_figures_are_those_of_the_probabilities():
+    z = _pairs(1.0, n=300)
+    p, ones = probability(z, 2.5), np.ones(300)
+    figures = calibration(z, 2.5)
+    assert figures.nll == pytest.approx(negative_log_likelihood(p, ones))
+    assert figures.brier == brier(p, ones)
+    assert figures.ece == expected_calibration_error(p, ones)
+
+
+def test_the_likelihood_is_finite_where_the_probability_is_not_above_0():
+    assert mean_nll([-2000.0, 2000.0]) == 1000.0
+
+
+def test_bins_have_each_pair_in_both_orders_and_lie_between_their_edges():
+    z = _pairs(1.0, n=300)
+    rows = reliability_rows(z, num_bins=10)
+    assert sum(row.count for row in rows) == 600
+    for row, twin in zip(rows, reversed(rows), strict=True):
+        assert row.hi - row.lo == pytest.approx(0.1)
+        assert row.lo <= row.probability <= row.hi
+        assert row.count == twin.count and row.frequency == pytest.approx(1 - twin.frequency)
+    total = sum(row.count / 600 * abs(row.frequency - row.probability) for row in rows)
+    assert total == pytest.approx(calibration(z, num_bins=10).ece)
