@@ -192,7 +192,7 @@ def new_reward_model(config: RunConfig, sft_path: str, device: torch.device, see
 
 
 def reward_format(config: RunConfig) -> RewardFormat:
-    """How the reward model reads text, and how a reward is read out of it; what is fitted after training is not in it."""
+    """How a reward model reads text and is read out while it learns; nothing that is fitted after it."""
     rm: RmConfig = config.rm
     text = RewardFormat(
         max_prompt_tokens=config.data.max_prompt_tokens,

@@ -22,7 +22,8 @@ from rlhf_cli.evaluation.statistics import Estimate, resolution_note
 from rlhf_cli.models.loading import load_causal_lm, resolve_path
 from rlhf_cli.report.plots import FrontPoint, reward_bars, reward_vs_kl
 from rlhf_cli.report.tables import PolicyRow, policy_table
-from rlhf_cli.rewards.model import RewardModel, load_reward_model
+from rlhf_cli.rewards.ensemble import load_scorer
+from rlhf_cli.rewards.model import Scorer
 from rlhf_cli.rollout.engine import Sampling
 from rlhf_cli.runs.job import Artifact, Job
 from rlhf_cli.stages import file_digest, resolve_rm, resolve_sft
@@ -61,7 +62,7 @@ def run_eval(config: RunConfig, context: Context) -> None:
     total = len(subjects) + (1 if subjects else 0) + 1
     with recorded_run(job.request("eval", config.seed, total, (), upstream)) as recorder:
         (recorder.run.path / "per_prompt.jsonl").unlink(missing_ok=True)  # an evaluation starts over
-        reward_model = load_reward_model("rm.path", rm.path, job.precision.device)
+        reward_model = load_scorer("rm.path", rm.path, job.precision.device)
         pairs = _evaluate_pairs(job, reward_model)
         recorder.progress.update(1, {})
         table: dict[str, Cells] = {}
@@ -73,7 +74,7 @@ def run_eval(config: RunConfig, context: Context) -> None:
     _show(table, pairs, [recorder.run.path / "summary.json", recorder.run.path / "per_prompt.jsonl", *paths])
 
 
-def _evaluate_pairs(job: Job, reward_model: RewardModel) -> dict[str, Estimate]:
+def _evaluate_pairs(job: Job, reward_model: Scorer) -> dict[str, Estimate]:
     """Reward-model figures; the chosen split bears plain names, the others their split's."""
     config, result = job.config, dict[str, Estimate]()
     for split, rows in job.data.pairs_test.items():
@@ -86,7 +87,7 @@ def _evaluate_pairs(job: Job, reward_model: RewardModel) -> dict[str, Estimate]:
     return result
 
 
-def _say_cuts(reward_model: RewardModel, split: str, rows: Sequence[Preference]) -> None:
+def _say_cuts(reward_model: Scorer, split: str, rows: Sequence[Preference]) -> None:
     """Pairs are read as the reward model was trained to; what its caps cut is told."""
     sides = [Example(row.prompt, text) for row in rows[:_COUNTED] for text in (row.chosen, row.rejected)]
     caps = reward_model.format.max_prompt_tokens, reward_model.format.max_completion_tokens
@@ -99,7 +100,7 @@ def _evaluate_policies(
     job: Job,
     subjects: Sequence[_Subject],
     reference: Artifact,
-    reward_model: RewardModel,
+    reward_model: Scorer,
     recorder: RunRecorder,
 ) -> dict[str, Cells]:
     config, data, device = job.config, job.data, job.precision.device

@@ -30,7 +30,7 @@ from rlhf_cli.evaluation.statistics import Bootstrap, Estimate
 from rlhf_cli.evaluation.text_metrics import distinct_n_per_prompt
 from rlhf_cli.models.causal import full_kls, sequence_logprobs
 from rlhf_cli.ops.kl import k1
-from rlhf_cli.rewards.model import RewardModel
+from rlhf_cli.rewards.model import Scorer
 from rlhf_cli.rollout.engine import Sampling, generate
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.types import Example, Opening, Preference, Prompt, Rollout
@@ -78,7 +78,7 @@ class Measured:
 def measure(
     policy: Policy,
     reference: Policy,
-    reward_model: RewardModel | None,
+    reward_model: Scorer | None,
     gold: GoldReward | None,
     questions: Questions,
     precision: Precision,

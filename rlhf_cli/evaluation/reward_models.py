@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_cli.evaluation.statistics import Bootstrap, Estimate, expected_calibration_error
-from rlhf_cli.rewards.model import RewardModel
+from rlhf_cli.rewards.model import Scorer
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.types import Preference
 
@@ -36,7 +36,7 @@ class PairScores:
         return 1.0 / (1.0 + np.exp(-np.clip(self.margin, -700, 700)))
 
 
-def score_pairs(reward_model: RewardModel, pairs: Sequence[Preference], precision: Precision) -> PairScores:
+def score_pairs(reward_model: Scorer, pairs: Sequence[Preference], precision: Precision) -> PairScores:
     """Scores both completions of every pair."""
     prompts = [pair.prompt for pair in pairs]
     with precision.autocast():

@@ -32,7 +32,7 @@ def train_start(job: Job, seed: int, sft: Artifact) -> None:
         if rm.probe_steps:
             probe(job, recorder, seed, reward_model, training_pairs(job))
         if job.world.is_main:
-            write_folder_atomic(job.folder / "model", reward_model.save)
+            write_folder_atomic(reward_model.save, job.folder / "model")
         recorder.summary({"time_s": time.perf_counter() - began})
 
 
@@ -67,7 +67,7 @@ def publish_member(job: Job, seed: int, sft: Artifact, member: Artifact) -> None
         began = time.perf_counter()
         if job.world.is_main:
             write_folder_atomic(
-                job.folder / "model", lambda folder: shutil.copytree(member.path, folder, dirs_exist_ok=True)
+                lambda folder: shutil.copytree(member.path, folder, dirs_exist_ok=True), job.folder / "model"
             )
         reward_model = load_reward_model("rm.path", member.path, job.precision.device)
         found = scored(reward_model, job.data.pairs_validation, job.precision)

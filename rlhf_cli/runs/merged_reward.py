@@ -53,7 +53,7 @@ def merge_members(job: Job, seed: int, sft: Artifact, members: Sequence[Artifact
         scorer = _merged(job, chosen)
         _, figures = adjusted(job, scorer, rollout)
         if job.world.is_main:
-            write_folder_atomic(job.folder / "model", lambda folder: _save(scorer, chosen, folder))
+            write_folder_atomic(lambda folder: _save(scorer, chosen, folder), job.folder / "model")
         merged = scored(scorer, job.data.pairs_validation, job.precision)
         figures |= {
             "loss": merged.nll,

@@ -9,7 +9,8 @@ from rlhf_cli.models.critic import SeparateCritic
 from rlhf_cli.models.loading import load_causal_lm
 from rlhf_cli.models.lora import Lora, plain_weights
 from rlhf_cli.models.recompute import enable_recomputation
-from rlhf_cli.rewards.model import RewardModel, load_reward_model
+from rlhf_cli.rewards.ensemble import load_scorer
+from rlhf_cli.rewards.model import Scorer
 from rlhf_cli.runs.common import prepare, train, write_card_of
 from rlhf_cli.runs.job import Artifact, Job
 from rlhf_cli.runs.scoring import RewardOfRollout, reward_noise
@@ -36,7 +37,7 @@ def train_policy(job: Job, seed: int, sft: Artifact, rm: Artifact) -> None:
     upstream = {"sft": sft, "rm": rm}
     with shared_run(job.request(job.config.name, seed, num_steps, shown_keys(job), upstream)) as recorder:
         say_problems(job, recorder)
-        reward_model = load_reward_model("rm.path", rm.path, job.precision.device)
+        reward_model = load_scorer("rm.path", rm.path, job.precision.device)
         task = policy_task(job, recorder, algorithm, sft, reward_model, seed)
         summary = train(task, algorithm.train, num_steps, job, recorder, seed, CURVES, MEMORY_KEYS)
         summary["samples_generated"] = summary["samples"]
@@ -55,7 +56,7 @@ def policy_task(
     recorder: RunRecorder | SilentRecorder,
     algorithm: OnlineAlgorithm,
     sft: Artifact,
-    reward_model: RewardModel,
+    reward_model: Scorer,
     seed: int,
     *,
     reference: LanguageModel | None = None,

@@ -24,7 +24,7 @@ from rlhf_cli.errors import RequestError
 from rlhf_cli.files import write_bytes_atomic, write_json_atomic
 from rlhf_cli.models.causal import LanguageModel
 from rlhf_cli.models.loading import load_causal_lm
-from rlhf_cli.rewards.model import load_reward_model
+from rlhf_cli.rewards.ensemble import load_scorer
 from rlhf_cli.rollout.engine import generate
 from rlhf_cli.runs.common import COUNTED_ROWS, explained_memory, prepare, say_cuts, train, write_card_of
 from rlhf_cli.runs.job import Artifact, Job
@@ -106,7 +106,7 @@ def _figures_of_samples(job: Job, seed: int, sft: Artifact, rm: Artifact | None)
     """What other ways of training measure as they go: KL, length, gold reward and, where one was used, reward."""
     device, reward = job.precision.device, None
     if rm is not None:
-        reward_model = load_reward_model("rm.path", rm.path, device)
+        reward_model = load_scorer("rm.path", rm.path, device)
         reward = RewardOfRollout(reward_model, job.precision, job.config.rollout.max_rows)
     reference, _ = load_causal_lm("sft.path", sft.path, device)
     with explained_memory(("rollout.max_rows", "algo.train.micro_batch_size")):
@@ -228,7 +228,7 @@ def _rewards(job: Job, rollout: Rollout, rm: Artifact | None, noise_seed: int | 
         texts = zip(rollout.prompts, rollout.completions, strict=True)
         return [job.data.gold(prompt, completion) for prompt, completion in texts]
     assert rm is not None
-    reward_model = load_reward_model("rm.path", rm.path, job.precision.device)
+    reward_model = load_scorer("rm.path", rm.path, job.precision.device)
     reward = RewardOfRollout(reward_model, job.precision, job.config.rollout.max_rows)
     scores = reward(rollout).reward
     noise = None if noise_seed is None else reward_noise(job.config.rm, reward_model, noise_seed)

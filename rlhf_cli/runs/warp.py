@@ -30,7 +30,8 @@ from rlhf_cli.models.causal import LanguageModel
 from rlhf_cli.models.loading import load_causal_lm, parameter_counts, save_model
 from rlhf_cli.ops.merging import angles, interpolate, lerp_many, slerp_many, task_vector_norms
 from rlhf_cli.report.plots import FrontPoint, reward_vs_kl, training_curves
-from rlhf_cli.rewards.model import RewardModel, load_reward_model
+from rlhf_cli.rewards.ensemble import load_scorer
+from rlhf_cli.rewards.model import Scorer
 from rlhf_cli.runs.common import explained_memory, write_card_of
 from rlhf_cli.runs.job import Artifact, Job
 from rlhf_cli.runs.policy import CURVES, MEMORY_KEYS, policy_task, say_problems, shown_keys
@@ -56,7 +57,7 @@ class _Run:
     seed: int
     sft: Artifact
     reference: LanguageModel
-    reward_model: RewardModel
+    reward_model: Scorer
     recorder: RunRecorder | SilentRecorder
 
     def task(self, start: str, seed: int, mu: float | None) -> PolicyTask:
@@ -87,7 +88,7 @@ def train_warp(job: Job, seed: int, sft: Artifact, rm: Artifact) -> None:
     request = job.request(job.config.name, seed, algorithm.num_steps, shown_keys(job), upstream, done)
     with shared_run(request) as recorder, recorder.durable.stop.listening(), explained_memory(MEMORY_KEYS):
         say_problems(job, recorder)
-        reward_model = load_reward_model("rm.path", rm.path, job.precision.device)
+        reward_model = load_scorer("rm.path", rm.path, job.precision.device)
         reference, _ = load_causal_lm("sft.path", sft.path, job.precision.device)
         run = _Run(job, algorithm, seed, sft, reference, reward_model, recorder)
         results, merges = _iterations(run)
