@@ -43,7 +43,7 @@ class RewardFormat:
     read_out: str = "mean"  # of a distribution over grades
     std_weight: float = 1.0  # c of read_out=mean_std
     cvar_alpha: float = 0.25  # of read_out=cvar
-    opponent: tuple[float, ...] = ()  # the SFT model's mean distribution over grades, of read_out=win_rate
+    opponent: Sequence[float] = ()  # the SFT model's mean distribution over grades, of read_out=win_rate
     temperature: float = 1.0  # the log-odds of a pair are divided by it; fitted on validation pairs
     mean: float = 0.0  # of the raw score on samples of the SFT model
     std: float = 1.0
