@@ -104,7 +104,9 @@ class Warp(Algorithm):
         """Raises RequestError for weights that have no average: an adapter's model has wider layers than its base."""
         self.member().check_others(kl, peft)
         if peft == "adapter":
-            raise bad_value("peft", peft, "none or lora, because algo=warp averages weights of one shape")
+            raise bad_value(
+                "peft", peft, "none, lora or last_layer, because algo=warp averages weights of one shape"
+            )
 
     def shared_counts(self, pairs_share_prompt: bool) -> dict[str, tuple[int, int]]:
         """Those of a member: all processes train one member together."""

@@ -135,7 +135,7 @@ WRONG: dict[str, tuple[str, list[str], list[str]]] = {
     "fp16 on a CPU": (P, ["precision=fp16", "device=cpu"], ["precision=fp16", "fp32", "bf16"]),
     "temperature zero": ("eval", ["eval.temperature=0"], ["eval.temperature=0", "> 0"]),
     "no threads": (P, ["threads=0"], ["threads=0", ">= 1"]),
-    "another adapter": (P, ["peft.name=prefix"], ["peft.name=prefix", "none, lora or adapter"]),
+    "another adapter": (P, ["peft.name=prefix"], ["peft.name=prefix", "none, lora, adapter or last_layer"]),
     "no rank": (P, ["peft=lora", "peft.r=0"], ["peft.r=0", ">= 1"]),
     "an adapter's variant": (
         P,

@@ -145,6 +145,7 @@ class TestDigest:
             ("none", set()),
             ("lora", {"r", "alpha", "dropout", "target_modules"}),
             ("adapter", {"variant", "bottleneck"}),
+            ("last_layer", set()),
         ],
     )
     def test_the_settings_that_the_kind_of_adapter_uses(self, name: str, used: set[str], tmp_path: Path) -> None:
