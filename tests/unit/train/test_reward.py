@@ -199,7 +199,7 @@ def test_pairs_that_are_drawn_anew_are_those_of_the_steps_epoch():
     reward = reward_model()
     drawn = Drawn(2, lambda number: Preference("the ", " ".join(["good"] * (number + 1)), "bad"))
     task = RewardTask(
-        reward, encode(reward, drawn), encode(reward, PAIRS), TrainSettings(batch_size=2), FP32, 3, False
+        reward, encode(reward, drawn), encode(reward, PAIRS), TrainSettings(batch_size=2), FP32, 3, RewardLoss()
     )
     lengths = [
         sorted(part.chosen.completion_mask.sum(-1).tolist())
