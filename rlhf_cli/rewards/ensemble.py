@@ -122,7 +122,17 @@ def load_scorer(key: str, path: str, device: torch.device) -> Scorer:
         raise RequestError(
             f"{key}={path}: {INDEX_FILE} cannot be read ({type(error).__name__}: {error})"
         ) from None
-    if not names or len(names) != len(centres) or any(Path(name).name != name for name in names):
+    is_inside = all(name not in ("", "..") and Path(name).name == name for name in names)
+    if not names or len(names) != len(centres) or not is_inside:
         raise RequestError(f"{key}={path}: {INDEX_FILE} does not name its members, or not a centre for each")
     members = [load_reward_model(key, str(Path(path) / name), device) for name in names]
-    return EnsembleRewardModel(members, read_format(key, path, stored), centres, penalty)
+    whole = read_format(key, path, stored)
+    outputs = 1 if whole.grade_loss is None else len(whole.opponent) or max(2, _outputs(members[0]))
+    for name, member in zip(names, members, strict=True):
+        if _outputs(member) != outputs:
+            raise RequestError(f"{key}={path}: {name} has {_outputs(member)} outputs, not {outputs}")
+    return EnsembleRewardModel(members, whole, centres, penalty)
+
+
+def _outputs(member: RewardModel) -> int:
+    return int(member.model.config.num_labels)
