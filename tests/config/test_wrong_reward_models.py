@@ -76,7 +76,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
     ),
     "a win rate against nobody": (
         ["rm=distributional", "rm.read_out=win_rate", "rm.standardize=none"],
-        "rm.read_out=win_rate: expected another read-out where rm.standardize=none: it needs SFT samples to win against",
+        "rm.read_out=win_rate: expected another read-out where rm.standardize=none: "
+        "it needs SFT samples to win against",
     ),
     "a loss that is none": (
         ["rm=distributional", "rm.loss=tie"],

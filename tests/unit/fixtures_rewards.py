@@ -42,10 +42,7 @@ def graded_model(kind: str = "llama", seed: int = 0, labels: int = GRADES, **cha
             torch.manual_seed(seed)
             return replace(single, model=DistilBertForSequenceClassification(config).eval())
     lm = tiny_lm(seed) if kind == "llama" else gpt2_lm(byte_tokenizer(), seed)
-    model = classifier_from_lm(lm, seed + 1, labels)
-    with torch.no_grad():
-        model.score.weight *= 20  # distributions far from uniform
-    return replace(single, model=model)
+    return replace(single, model=classifier_from_lm(lm, seed + 1, labels))
 
 
 def any_model(kind: str, labels: int, seed: int = 0, **changes: Any) -> RewardModel:

@@ -139,9 +139,7 @@ class TestGrades:
 @pytest.fixture
 def saved(tmp_path: Path, scalars: list[RewardModel]) -> Path:
     """A run of two members, penalty and scale included."""
-    whole = replace(
-        ensemble_of(scalars[:2], 0.25, mean=0.5, std=2.0, temperature=1.5), centres=[0.25, -1.0]
-    )
+    whole = replace(ensemble_of(scalars[:2], 0.25, mean=0.5, std=2.0, temperature=1.5), centres=[0.25, -1.0])
     save_ensemble(tmp_path / "run" / "model", save_all(scalars[:2], tmp_path), whole)
     return tmp_path / "run" / "model"
 

@@ -71,7 +71,9 @@ class TestLogOdds:
         loses = 0.5 * 0.1
         tie = 1 - wins - loses
         expected = (
-            math.log((wins + tie / 2) / (loses + tie / 2)) if loss is GradeLoss.half_tie else math.log(wins / loses)
+            math.log((wins + tie / 2) / (loses + tie / 2))
+            if loss is GradeLoss.half_tie
+            else math.log(wins / loses)
         )
         found = replace(GRADED, grade_loss=loss.value).log_odds(scores(LOGITS[:1]), scores(LOGITS[1:]))
         assert float(found) == pytest.approx(expected, abs=1e-5)
