@@ -45,7 +45,9 @@ def test_a_rate_inside_a_fused_kernel_is_set_too() -> None:
     assert not differ(model)
     set_dropout("rm.dropout", model, 0.5)
     assert differ(model)
-    assert {module.attention_dropout for module in model.modules() if hasattr(module, "attention_dropout")} == {0.5}
+    assert {module.attention_dropout for module in model.modules() if hasattr(module, "attention_dropout")} == {
+        0.5
+    }
     assert not [module for module in model.modules() if isinstance(module, nn.Dropout)], "there is nothing else"
 
 
