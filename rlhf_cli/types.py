@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # settings are read before torch is needed
     import torch
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class Rollout:
     truncated: Tensor  # bool [N], True = the length limit came before an EOS
     sampled_logprob: Tensor  # float32 [N], sum over the completion, as captured while sampling
     samples_per_prompt: int  # k
+    tokenizer: PreTrainedTokenizerBase | None = None  # what the ids are of
 
     def __len__(self) -> int:
         return len(self.sequences)

@@ -28,10 +28,9 @@ class RewardOfRollout:
     max_rows: int = 128  # scored together
 
     def __call__(self, rollout: Rollout) -> Scores:
-        """Scores from the texts; a completion that was cut has no EOS to score."""
-        finished = [not cut for cut in rollout.truncated.tolist()]
+        """Scores; a completion that was cut has no EOS to score."""
         with self.precision.autocast():
-            return self.reward_model.score(rollout.prompts, rollout.completions, finished, min(128, self.max_rows))
+            return self.reward_model.score_rollout(rollout, self.max_rows)
 
 
 def reward_noise(rm: RmConfig, reward_model: Scorer, seed: int) -> RewardNoise | None:
