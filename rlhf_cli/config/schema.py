@@ -105,12 +105,20 @@ class EvalConfig:
     split: str = "test"
     temperature: float = 1.0
     num_resamples: int = 2000
+    best_of_n: int = 0
+    best_of_samples: int = 64
 
     def check(self) -> None:
         """Raises RequestError for impossible values."""
-        for key in ("num_prompts", "samples_per_prompt", "num_resamples"):
+        for key in ("num_prompts", "samples_per_prompt", "num_resamples", "best_of_samples"):
             if getattr(self, key) < 1:
                 raise bad_value(f"eval.{key}", getattr(self, key), "a whole number >= 1")
+        if self.best_of_n < 0:
+            raise bad_value("eval.best_of_n", self.best_of_n, "a whole number >= 1, or 0 for none")
+        if self.best_of_n >= self.best_of_samples:
+            raise bad_value(
+                "eval.best_of_samples", self.best_of_samples, f"more than eval.best_of_n={self.best_of_n}"
+            )
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise bad_value("eval.temperature", self.temperature, "a number > 0")
 
@@ -249,6 +257,15 @@ class RunConfig:
                     key, value, f"at least the {num_processes} processes{each}, so that each has a share"
                 )
 
+    def _needs_sampler(self) -> bool:
+        """Whether best-of-n samples from an SFT model that no policy and no key names."""
+        return (
+            self.command == "eval"
+            and self.eval.best_of_n > 0
+            and not self.policies
+            and self.reference.path is None
+        )
+
     def _check_rows(self) -> None:
         """A source without training rows can only be measured on."""
         if not self.data.evaluation_only:
@@ -258,6 +275,13 @@ class RunConfig:
         if self.rm.path is None and not self.policies:
             raise bad_value(
                 "rm.path", None, f"a reward model to measure: data={self.data.name} has no rows to train one"
+            )
+        if self._needs_sampler() and self.sft.path is None:
+            raise bad_value(
+                "eval.best_of_n",
+                self.eval.best_of_n,
+                "0, or a model to sample from (sft.path or reference.path): "
+                f"data={self.data.name} has no rows to train one",
             )
 
     def _check_lengths(self) -> None:
@@ -283,7 +307,7 @@ class RunConfig:
             self.rm.path is None and (measures_rm or (self.command == "train-policy" and self.needs_rm()))
         )
         trains_sft = self.command == "train-sft" or (
-            self.sft.path is None and (trains_rm or self.command == "train-policy")
+            self.sft.path is None and (trains_rm or self.command == "train-policy" or self._needs_sampler())
         )
         found = [("model", self.model)] if trains_sft else []
         # from a given SFT model it starts unless it is told otherwise
@@ -293,6 +317,8 @@ class RunConfig:
 
     def _check_paths(self) -> None:
         measures_rm = () if self.policies else ("rm",)  # else the one behind the first policy
+        if self._needs_sampler():
+            measures_rm = (*measures_rm, "sft")
         policy = ("sft", "rm") if self.command == "train-policy" and self.needs_rm() else ("sft",)
         needs = {"train-sft": (), "train-rm": ("sft",), "train-policy": policy, "eval": measures_rm}
         for stage in needs[self.command]:

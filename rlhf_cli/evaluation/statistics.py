@@ -6,6 +6,7 @@ pairing by resampling prompts, with the same resamples for every policy and metr
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ _STREAM = 0x626F6F74
 # Entries of the count matrix that are float64 at one time (16 MB), and that are kept as uint16 (64 MB).
 _CHUNK_ENTRIES = 2_000_000
 _KEPT_ENTRIES = 32_000_000
+
+# Resamples of a statistic that takes a call for each.
+_MAX_CALLS = 1000
 
 # Quantile 0.975 of Student's t for 1..30 degrees of freedom: half-widths of a two-sided 95% interval.
 # fmt: off
@@ -146,6 +150,19 @@ class Bootstrap:
             means[:, 1:] = means[:, :1]
         statistic = function(*means)
         return self._interval(float(statistic[0]), statistic[1:])
+
+    def of_rows(self, statistic: Callable[[NDArray[np.int64]], float]) -> Estimate:
+        """Any statistic of the prompts drawn, such as a rank correlation: a call for each resample, so 1000 at most.
+
+        Args:
+            statistic: maps row numbers [n] to a number; NaN leaves a resample out.
+        """
+        rows = np.arange(self.n)
+        value = statistic(rows)
+        if self.n == 1:
+            return self._interval(value, np.empty(0))
+        draws = itertools.islice(itertools.chain.from_iterable(self._counts()), _MAX_CALLS)
+        return self._interval(value, np.array([statistic(np.repeat(rows, c.astype(np.int64))) for c in draws]))
 
     def _interval(self, value: float, resampled: Vector) -> Estimate:
         defined = resampled[~np.isnan(resampled)]
@@ -283,7 +300,23 @@ def reliability(probability: ArrayLike, outcome: ArrayLike, num_bins: int = 15) 
     if num_bins < 1:
         raise ValueError(f"num_bins={num_bins}: expected at least 1")
     p, o = _pairs(probability, outcome)
-    p, o = np.concatenate([p, 1 - p]), np.concatenate([o, 1 - o])
+    return _binned(np.concatenate([p, 1 - p]), np.concatenate([o, 1 - o]), num_bins)
+
+
+def accuracy_by_confidence(probability: ArrayLike, outcome: ArrayLike, num_bins: int = 15) -> list[ReliabilityBin]:
+    """Confidence max(p, 1 - p) and accuracy of the likelier side, each pair once, in the bins of `reliability`.
+
+    A tie, p = 1/2, is right by one half. Arguments as there; in a bin `probability` is the mean confidence and
+    `frequency` the accuracy. Bins below 1/2 are empty.
+    """
+    if num_bins < 1:
+        raise ValueError(f"num_bins={num_bins}: expected at least 1")
+    p, o = _pairs(probability, outcome)
+    right = np.where(p > 0.5, o, np.where(p < 0.5, 1 - o, 0.5))
+    return _binned(np.maximum(p, 1 - p), right, num_bins)
+
+
+def _binned(p: Vector, o: Vector, num_bins: int) -> list[ReliabilityBin]:
     index = np.minimum((p * num_bins).astype(np.int64), num_bins - 1)
     count = np.bincount(index, minlength=num_bins)
     sum_p = np.bincount(index, weights=p, minlength=num_bins)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import softplus
 
 from rlhf_cli import build
 from rlhf_cli.data.swaps import with_swaps
 from rlhf_cli.data.tokenise import prompt_batch
 from rlhf_cli.evaluation.calibration import fit_temperature
+from rlhf_cli.evaluation.reward_models import score_pairs
 from rlhf_cli.models.dropout import set_dropout
 from rlhf_cli.models.loading import load_causal_lm
 from rlhf_cli.ops.grades import sum_probabilities
-from rlhf_cli.ops.preference_losses import wins
 from rlhf_cli.rewards.ensemble import EnsembleRewardModel
 from rlhf_cli.rewards.model import RewardModel, Scorer, load_reward_model, store_format
 from rlhf_cli.rewards.settings import Grades, Margins, RmConfig, Standardize
@@ -28,7 +26,6 @@ from rlhf_cli.runs.common import COUNTED_ROWS, prepare, say_cuts, train, write_c
 from rlhf_cli.runs.job import Artifact, Job
 from rlhf_cli.runs.scoring import RewardOfRollout
 from rlhf_cli.settings import ReadOut
-from rlhf_cli.train.precision import Precision
 from rlhf_cli.train.probing import probe_head
 from rlhf_cli.train.recorder import RunRecorder, SilentRecorder, shared_run
 from rlhf_cli.train.reward import RewardLoss, RewardTask, encode
@@ -140,7 +137,7 @@ def _memorised(job: Job, pairs: Sequence[Preference]) -> dict[str, float]:
         return {}
     reward_model = load_reward_model("rm.path", str(job.folder / "model"), job.precision.device)
     return {
-        f"rm/train_{name}/accuracy": scored(reward_model, rows, job.precision).accuracy
+        f"rm/train_{name}/accuracy": score_pairs(reward_model, rows, job.precision).accuracy
         for name, rows in parts.items()
         if rows
     }
@@ -178,8 +175,8 @@ def adjusted(job: Job, scorer: Scorer, rollout: Rollout | None) -> tuple[dict[st
     changes: dict[str, Any] = {}
     figures: dict[str, float] = {}
     if rm.calibrate:
-        log_odds = scored(scorer, job.data.pairs_validation, job.precision).log_odds
-        changes["temperature"] = figures["rm/temperature"] = fit_temperature(log_odds.double().numpy())
+        log_odds = score_pairs(scorer, job.data.pairs_validation, job.precision).log_odds
+        changes["temperature"] = figures["rm/temperature"] = fit_temperature(log_odds)
     if rollout is not None:
         reward = RewardOfRollout(scorer, job.precision, job.config.rollout.max_rows)
         if scorer.format.read_out == ReadOut.win_rate.value and scorer.format.grade_loss is not None:
@@ -200,33 +197,6 @@ def adjusted(job: Job, scorer: Scorer, rollout: Rollout | None) -> tuple[dict[st
 def _mean_raw(job: Job, scorer: Scorer, rollout: Rollout) -> float:
     reward = RewardOfRollout(scorer, job.precision, job.config.rollout.max_rows)
     return float(job.world.gather(reward(rollout).raw).double().mean())
-
-
-@dataclass(frozen=True)
-class ScoredPairs:
-    """What a reward model says of Q pairs."""
-
-    margin: Tensor  # float32 [Q], raw
-    log_odds: Tensor  # float32 [Q], before the temperature
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the pairs whose preferred side has the higher reward; a tie counts one half."""
-        return float(wins(self.margin)) / len(self.margin)
-
-    @property
-    def nll(self) -> float:
-        """Mean of -log P(preferred side is preferred), nats."""
-        return float(softplus(-self.log_odds.double()).mean())
-
-
-def scored(scorer: Scorer, pairs: Sequence[Preference], precision: Precision) -> ScoredPairs:
-    """Scores both sides of every pair."""
-    prompts = [pair.prompt for pair in pairs]
-    with precision.autocast():
-        chosen = scorer.score(prompts, [pair.chosen for pair in pairs])
-        rejected = scorer.score(prompts, [pair.rejected for pair in pairs])
-    return ScoredPairs(chosen.raw - rejected.raw, scorer.log_odds(chosen, rejected))
 
 
 def sft_samples(job: Job, seed: int, sft: Artifact) -> Rollout:
