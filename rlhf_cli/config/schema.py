@@ -16,6 +16,7 @@ from omegaconf import MISSING
 
 from rlhf_cli.errors import RequestError, bad_value
 from rlhf_cli.models.settings import ModelSettings, PeftSettings
+from rlhf_cli.rewards.settings import Normalize, RewardSettings
 from rlhf_cli.settings import CheckpointSettings, KlSettings, TrainSettings
 
 
@@ -209,6 +210,7 @@ class RunConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     logger: Any = MISSING
     kl: KlSettings = field(default_factory=KlSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
     sft: SftConfig = field(default_factory=SftConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -237,11 +239,10 @@ class RunConfig:
         self.rm.check()
         self.algo.check()
         self.algo.check_others(self.kl, self.peft.name)
+        self.reward.check()
         if self.command == "train-policy":
             self.algo.check_data(self.data.name, self.data.pairs_share_prompt, self.data.has_gold)
-            if self.rm.noise and not self.needs_rm():
-                why = f"because algo={self.algo.name} asks no reward model here"
-                raise bad_value("rm.noise", self.rm.noise, f"0, {why}")
+            self._check_reward()
         self.rollout.check()
         self.eval.check()
         self.checkpoint.check("checkpoint")
@@ -255,9 +256,13 @@ class RunConfig:
         if not self.stages.auto:
             self._check_paths()
 
-    def needs_rm(self) -> bool:
-        """Whether the policy's algorithm asks for a reward model."""
+    def asks_reward(self) -> bool:
+        """Whether the policy's algorithm learns from what the node `reward` says."""
         return bool(self.algo.needs_reward_model(self.data.pairs_share_prompt))
+
+    def needs_rm(self) -> bool:
+        """Whether that is, among others, a reward model's."""
+        return self.asks_reward() and self.reward.rm != 0
 
     def learns_from_pairs(self) -> bool:
         """Whether the policy's algorithm trains on the data's pairs."""
@@ -273,6 +278,8 @@ class RunConfig:
         if self.command == "train-policy":
             counts = self.algo.shared_counts(self.data.pairs_share_prompt)
             shares |= {f"algo.{key}": value for key, value in counts.items()}
+            if self.reward.normalize is Normalize.sft_samples:
+                shares["reward.normalize_samples"] = (self.reward.normalize_samples, 1)
         if self.command == "train-rm" or (
             self.command == "train-policy" and self.rm.path is None and self.needs_rm()
         ):
@@ -286,6 +293,23 @@ class RunConfig:
                 raise bad_value(
                     key, value, f"at least the {num_processes} processes{each}, so that each has a share"
                 )
+
+    def _check_reward(self) -> None:
+        """What a policy is rewarded by is there, and is read."""
+        algo, reward = self.algo.name, self.reward
+        if self.rm.noise and not self.needs_rm():
+            why = "because reward.rm=0" if self.asks_reward() else f"because algo={algo} asks no reward model here"
+            raise bad_value("rm.noise", self.rm.noise, f"0, {why}")
+        if not self.asks_reward():
+            if changed := reward.changed():
+                key, value, default = changed
+                usual = "null" if default is None else default
+                raise bad_value(key, value, f"{usual}, because algo={algo} asks no reward here")
+            return
+        if reward.gold and not self.data.has_gold:
+            raise bad_value("reward.gold", reward.gold, f"0, because data={self.data.name} knows no true reward")
+        if reward.normalize is Normalize.running and (problem := self.algo.running_scale_problem()):
+            raise bad_value("reward.normalize", "running", f"none or sft_samples, because {problem}")
 
     def _check_rows(self) -> None:
         """A source without training rows can only be measured on."""
