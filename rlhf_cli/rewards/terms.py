@@ -60,12 +60,12 @@ def length_penalty(rollout: Rollout, max_new_tokens: int) -> Tensor:
 
 def missing_eos_penalty(rollout: Rollout) -> Tensor:
     """-1 where the length limit cut the completion, else 0, float32 [N]."""
-    return -rollout.truncated.float().cpu()
+    return 0.0 - rollout.truncated.float().cpu()  # and not -0.0
 
 
 def repetition_penalty(rollout: Rollout, n: int) -> Tensor:
     """-(share of the completion's n-grams of tokens that have already occurred in it), float32 [N] in (-1, 0]."""
-    return -torch.tensor([repetition_rate(ids, n) for ids in rollout.completion_ids])
+    return 0.0 - torch.tensor([repetition_rate(ids, n) for ids in rollout.completion_ids])
 
 
 def rule_matches(pattern: re.Pattern[str], rollout: Rollout, each: bool) -> Tensor:

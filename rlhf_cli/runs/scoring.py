@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_cli import build
 from rlhf_cli.config.schema import RmConfig
 from rlhf_cli.data.tokenise import prompt_batch
 from rlhf_cli.errors import RequestError
@@ -158,7 +159,10 @@ def _coherence(job: Job, judge: Artifact | None, loaded: SftModel | None) -> Ter
         assert loaded is not None
         one = Judge(loaded.model, size)
     else:
-        model, tokenizer = load_causal_lm("reward.coherence.path", judge.path, job.precision.device)
+        key = "reward.coherence.path"
+        model, tokenizer = load_causal_lm(key, judge.path, job.precision.device)
+        data.check_tokenizer(key, tokenizer)
+        build.check_context(job.config, key, model)
         one = Judge(model, size, tokenizer, data.max_prompt_tokens, data.max_completion_tokens)
 
     def judged(rollout: Rollout) -> Tensor:
