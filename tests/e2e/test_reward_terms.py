@@ -26,7 +26,10 @@ SMALL = [
     "algo.train.eval_every=2",
     "algo.train.samples_every=1",
 ]
-RULES = "reward.rules=[{name: film, weight: 0.25, words: [film, movie]}, {name: an, weight: -0.5, pattern: 'a.', count: each}]"
+RULES = [
+    "{name: film, weight: 0.25, words: [film, movie]}",
+    "{name: an, weight: -0.5, pattern: 'a.', count: each}",
+]
 TERMS = [
     "reward.rm=0.5",
     "reward.gold=0.5",
@@ -35,7 +38,7 @@ TERMS = [
     "reward.coherence.weight=0.1",
     "reward.repetition.weight=3",
     "reward.repetition.ngram=1",
-    RULES,
+    f"reward.rules=[{','.join(RULES)}]",
 ]
 WEIGHTS = {
     "rm": 0.5,

@@ -84,10 +84,12 @@ def test_a_resumed_one_is_the_same_to_the_bit():
 
 
 @pytest.mark.parametrize("value", [0.1, -4.0, 1e5 / 3])
-def test_equal_rewards_are_not_blown_up(value: float):
+def test_what_rounding_makes_of_equal_rewards_is_not_blown_up(value: float):
     running = RewardScaling(Moments(), None, is_running=True)
     for _ in range(3):
-        running.see(torch.full((7,), value))
+        equal = torch.full((7,), value)
+        equal[3] = torch.nextafter(equal[3], torch.tensor(0.0))
+        running.see(equal)
     assert running.moments is not None and running.moments.std == 0.0
     assert running(scores(value, value + 1)).reward.tolist() == pytest.approx([0.0, 1.0], abs=2e-2)
 

@@ -102,7 +102,7 @@ def test_the_gold_reward_is_the_datas():
         ({"words": ["good", "goods"], "count": Count.each}, [2, 0, 1, 0]),
         ({"words": ["thank you!"]}, [0, 0, 0, 1]),
         ({"words": ["c++"]}, [0, 0, 1, 0]),
-        ({"pattern": r"go+d", "count": Count.each}, [2, 0, 1, 0]),
+        ({"pattern": r"go+d", "count": Count.each}, [2, 0, 2, 0]),
         ({"pattern": r"(?m)^\w+ you", "ignore_case": True}, [0, 0, 0, 1]),
         ({"pattern": r"\d+", "count": Count.each}, [0, 2, 0, 0]),
     ],
@@ -110,7 +110,7 @@ def test_the_gold_reward_is_the_datas():
 def test_a_rule_finds_words_or_a_pattern(rule: dict[str, Any], expected: list[int]):
     made = RewardRule(name="r", weight=1.0, **rule)
     made.check("reward.rules[0]")
-    texts = rollout_of(["good, and good", "GOOD 12 34", "goods c++", "well\nThank you! thank you!"])
+    texts = rollout_of(["good, and good", "GOOD 12 34", "goods ungood c++", "well\nThank you! thank you!"])
     assert rule_matches(made.compiled(), texts, made.count is Count.each).tolist() == expected
 
 
