@@ -130,9 +130,11 @@ class Scores:
     reward: Tensor  # float32 [N], standardised: what the policy is trained on
     raw: Tensor  # float32 [N], the reward model's own scale
     logits: Tensor | None = (
-        None  # float32 [N, K], the classifier's outputs, K = 1 of a scalar one; of several, the mean's
+        None  # float32 [N, K], of the classifier, K = 1 of a scalar one; of several, of their mean
     )
     disagreement: Tensor | None = None  # float32 [N], std of the standardised rewards of an ensemble's members
+    terms: Mapping[str, Tensor] = field(default_factory=dict)  # float32 [N] each, what `reward` was summed from
+    clipped: Tensor | None = None  # float32 [N], 1 where a clip changed `reward`; None without one
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,8 @@ def config_digest(settings: Mapping[str, object]) -> str:
 
 def _introduction(card: Card) -> str:
     if card.stage == "policy" and card.upstream and "rm" not in card.upstream:
+        if card.settings.get("reward.rm") == 0:
+            return "A language model trained from the reward terms below, without a reward model."
         return "A language model trained on preference pairs, without a reward model."
     return _INTRODUCTIONS[card.stage]
 
