@@ -361,6 +361,12 @@ class TestFiles:
             assert counts[edges[:-1] >= 0].sum() == (margin >= 0).sum()
             assert 2 <= len(counts) + 1 <= 33
 
+    def test_rounding_loses_no_pair(self) -> None:
+        rng = np.random.default_rng(1)
+        for reach in rng.uniform(0.01, 100, 2000):
+            edges, counts = margin_histogram(np.array([-reach, reach]))
+            assert counts.sum() == 2 and edges[0] <= -reach and reach <= edges[-1]
+
     def test_margins_that_are_all_ties(self) -> None:
         edges, counts = margin_histogram(np.zeros(4))
         assert counts.tolist() == [4] and edges[0] == 0
