@@ -6,14 +6,10 @@ import pytest
 from rlhf_cli.evaluation.calibration import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
-    calibration,
     fit_temperature,
     mean_nll,
-    probability,
-    reliability_rows,
     temperature_note,
 )
-from rlhf_cli.evaluation.statistics import brier, expected_calibration_error, negative_log_likelihood
 
 
 def _pairs(true_temperature, n=40_000, seed=0, scale=2.0):
@@ -80,26 +76,5 @@ def test_no_pair_and_numbers_that_are_none_are_refused(z):
         fit_temperature(z)
 
 
-def test_the_figures_are_those_of_the_probabilities():
-    z = _pairs(1.0, n=300)
-    p, ones = probability(z, 2.5), np.ones(300)
-    figures = calibration(z, 2.5)
-    assert figures.nll == pytest.approx(negative_log_likelihood(p, ones))
-    assert figures.brier == brier(p, ones)
-    assert figures.ece == expected_calibration_error(p, ones)
-
-
 def test_the_likelihood_is_finite_where_the_probability_is_not_above_0():
     assert mean_nll([-2000.0, 2000.0]) == 1000.0
-
-
-def test_bins_have_each_pair_in_both_orders_and_lie_between_their_edges():
-    z = _pairs(1.0, n=300)
-    rows = reliability_rows(z, num_bins=10)
-    assert sum(row.count for row in rows) == 600
-    for row, twin in zip(rows, reversed(rows), strict=True):
-        assert row.hi - row.lo == pytest.approx(0.1)
-        assert row.lo <= row.probability <= row.hi
-        assert row.count == twin.count and row.frequency == pytest.approx(1 - twin.frequency)
-    total = sum(row.count / 600 * abs(row.frequency - row.probability) for row in rows)
-    assert total == pytest.approx(calibration(z, num_bins=10).ece)
