@@ -162,8 +162,8 @@ class TestSummary:
         assert table["rm/rejected_reward"].value == pytest.approx((2 - 1) / 2)
 
     def test_brier_by_hand(self) -> None:
-        brier = summarise_pairs(pair_scores(math.log(3), -math.log(3)), 100, 0)["rm/brier"]
-        assert brier.value == pytest.approx((0.25**2 + 0.75**2) / 2)
+        brier = summarise_pairs(pair_scores(math.log(3), math.log(3), -math.log(4)), 100, 0)["rm/brier"]
+        assert brier.value == pytest.approx((0.25**2 + 0.25**2 + 0.8**2) / 3)
         assert brier.lo <= brier.value <= brier.hi
 
     def test_the_seed_decides_the_intervals(self) -> None:
