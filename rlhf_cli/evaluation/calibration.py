@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import minimize_scalar
 
+from rlhf_cli.evaluation.statistics import Vector
+
 # Between these a temperature is looked for: 0.0025 to 403.
 MIN_TEMPERATURE, MAX_TEMPERATURE = math.exp(-6), math.exp(6)
 

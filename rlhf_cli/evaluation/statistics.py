@@ -343,26 +343,6 @@ def expected_calibration_error(probability: ArrayLike, outcome: ArrayLike, num_b
     return sum(b.count / total * abs(b.frequency - b.probability) for b in bins)
 
 
-def brier(probability: ArrayLike, outcome: ArrayLike) -> float:
-    """Mean of (p - o)^2 (Brier 1950); symmetrising the pairs does not change it."""
-    p, o = _pairs(probability, outcome)
-    return float(np.mean((p - o) ** 2))
-
-
-def negative_log_likelihood(probability: ArrayLike, outcome: ArrayLike) -> float:
-    """Mean of -o log p - (1 - o) log(1 - p), in nats; infinite where an outcome was given probability 0.
-
-    Symmetrising the pairs does not change it.
-    """
-    p, o = _pairs(probability, outcome)
-    with np.errstate(divide="ignore"):
-        log_p, log_q = np.log(p), np.log1p(-p)
-    # 0 log 0 = 0: what did not happen costs nothing.
-    first = np.multiply(o, log_p, out=np.zeros_like(o), where=o > 0)
-    second = np.multiply(1 - o, log_q, out=np.zeros_like(o), where=o < 1)
-    return float(-np.mean(first + second))
-
-
 def _pairs(probability: ArrayLike, outcome: ArrayLike) -> tuple[Vector, Vector]:
     p = np.asarray(probability, dtype=np.float64)
     o = np.asarray(outcome, dtype=np.float64)
