@@ -277,8 +277,6 @@ def wilson_interval(successes: float, n: int, level: float = 0.95) -> Estimate:
 class ReliabilityBin:
     """Predictions that fall between two edges: what was predicted, and what came about."""
 
-    lo: float
-    hi: float
     count: int
     probability: float  # mean prediction
     frequency: float  # mean outcome
@@ -322,13 +320,7 @@ def _binned(p: Vector, o: Vector, num_bins: int) -> list[ReliabilityBin]:
     sum_p = np.bincount(index, weights=p, minlength=num_bins)
     sum_o = np.bincount(index, weights=o, minlength=num_bins)
     return [
-        ReliabilityBin(
-            float(b / num_bins),
-            float((b + 1) / num_bins),
-            int(count[b]),
-            float(sum_p[b] / count[b]),
-            float(sum_o[b] / count[b]),
-        )
+        ReliabilityBin(int(count[b]), float(sum_p[b] / count[b]), float(sum_o[b] / count[b]))
         for b in np.flatnonzero(count)
     ]
 
