@@ -17,7 +17,6 @@ from rlhf_cli.evaluation.reward_models import (
     consistency,
     margin_histogram,
     pair_rows,
-    preference_log_odds,
     score_pairs,
     summarise_pairs,
 )
@@ -78,11 +77,6 @@ class TestScores:
         ):
             expected = [len(text) - 100 * len(pair.prompt) for text, pair in zip(texts, PAIRS, strict=True)]
             assert one.gold is not None and one.gold.tolist() == expected
-
-    def test_what_a_pair_is_scored_by_is_asked_in_one_place(self) -> None:
-        chosen, rejected = (Scores(torch.zeros(2), torch.tensor(raw)) for raw in ([3.0, 1.0], [1.0, 2.5]))
-        log_odds, temperature = preference_log_odds(reward_model(), chosen, rejected)
-        assert log_odds.tolist() == [2.0, -1.5] and log_odds.dtype == np.float64 and temperature == 1
 
     def test_the_precision_of_the_run(self) -> None:
         full, half = (score_pairs(reward_model(), PAIRS, p) for p in (FP32, Precision("bf16", CPU)))
