@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import spearmanr
-from study import cell, reviews_of, rlhf, table
+from study import cell, quiet, reviews_of, rlhf, table
 
 from rlhf_cli.data.dataset import GoldReward
 from rlhf_cli.data.swaps import with_swaps
@@ -113,6 +113,7 @@ def main() -> int:
     began = time.perf_counter()
     measured = run_all(units, options.jobs)
     torch.set_num_threads(options.threads)
+    quiet()
     cost = scoring_cost(units[0].folder) if {"warm", "ensemble"} <= set(options.models) else None
     print(f"{time.perf_counter() - began:.0f} s in all")
     write(options.out, by_rate(units, measured), options.models, cost)
@@ -137,6 +138,7 @@ def run_all(units: Sequence[Unit], jobs: int) -> list[dict[str, Figures]]:
 def run_unit(unit: Unit) -> dict[str, Figures]:
     """Trains and measures every model of a unit; what is finished is not run again."""
     torch.set_num_threads(unit.threads)
+    quiet()
     swaps = [f"rm.label_swap_rate={unit.rate:g}", f"rm.label_swap_seed={unit.seed}"]
     common = [f"seed={unit.seed}", *swaps, "device=cpu", f"threads={unit.threads}", "resume=auto", *unit.extra]
     found = {}

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from study import reviews_of
+from study import quiet, reviews_of
 from torch import Tensor
 
 from rlhf_cli.errors import RequestError
@@ -56,6 +56,7 @@ def main() -> int:
     if options.points < 2:
         parser.error(f"--points {options.points}: expected at least 2")
     torch.set_num_threads(options.threads)
+    quiet()
     try:
         first, second = (
             load_reward_model("reward model", resolve_path("reward model", str(path)), torch.device("cpu"))

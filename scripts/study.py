@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.logging import disable_progress_bar
+
 from rlhf_cli.build import dataset
 from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.data.settings import ReviewsSettings
@@ -29,6 +31,11 @@ def rlhf(*arguments: str, log: Path | None = None) -> None:
     if status:
         print(f"failed with status {status}: rlhf {' '.join(arguments)}{f' (see {log})' if log else ''}")
         raise SystemExit(status)
+
+
+def quiet() -> None:
+    """No progress bars where models are loaded."""
+    disable_progress_bar()
 
 
 def read(folder: Path) -> dict[str, float]:
