@@ -68,8 +68,7 @@ def merge_members(job: Job, seed: int, sft: Artifact, members: Sequence[Artifact
         if isinstance(recorder, RunRecorder):
             rows = recorder.run.metrics().rows
             training_curves(recorder.run.plots / "members.png", rows, _KEYS, "Accuracy by number of members")
-        if not isinstance(scorer, EnsembleRewardModel):
-            write_card_of(job, seed, None, upstream, figures)
+        write_card_of(job, seed, build.rm_base(job.config, sft.path), upstream, figures)
 
 
 def averaged(models: Sequence[RewardModel]) -> RewardModel:
