@@ -108,6 +108,12 @@ class Warp(Algorithm):
                 "peft", peft, "none, lora or last_layer, because algo=warp averages weights of one shape"
             )
 
+    def running_scale_problem(self) -> str | None:
+        """Each member has a scale of its own."""
+        if self.merge is Merge.none:
+            return "algo.merge=none compares members, and their rewards would be on different scales"
+        return super().running_scale_problem()
+
     def shared_counts(self, pairs_share_prompt: bool) -> dict[str, tuple[int, int]]:
         """Those of a member: all processes train one member together."""
         return self.member().shared_counts(pairs_share_prompt)

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_cli.data.tokenise import TokenPair
 from rlhf_cli.errors import RequestError
 from rlhf_cli.files import write_json_atomic
-from rlhf_cli.models.loading import INDEX_FILE
+from rlhf_cli.models.settings import INDEX_FILE
 from rlhf_cli.rewards.model import (
+    MAX_ROWS,
     RewardFormat,
     RewardModel,
     Scorer,
@@ -27,7 +29,7 @@ from rlhf_cli.rewards.model import (
     logits_of_rows,
     read_format,
 )
-from rlhf_cli.types import Prompt, Scores
+from rlhf_cli.types import Prompt, Rollout, Scores
 
 _FORMAT_KEY = "rlhf_reward"
 
@@ -57,13 +59,16 @@ class EnsembleRewardModel:
         prompts: Sequence[Prompt],
         completions: Sequence[str],
         finished: Sequence[bool] | None = None,
-        batch_size: int = 128,
+        batch_size: int = MAX_ROWS,
     ) -> Scores:
         """Scores completions from their text, by M forward passes; see `RewardModel.score`."""
-        done = [True] * len(prompts) if finished is None else finished
-        rows = [
-            self.format.encode(self.tokenizer, p, c, f) for p, c, f in zip(prompts, completions, done, strict=True)
-        ]
+        return self._of_rows(self.format.encode_all(self.tokenizer, prompts, completions, finished), batch_size)
+
+    def score_rollout(self, rollout: Rollout, batch_size: int = MAX_ROWS) -> Scores:
+        """Scores samples, by M forward passes; see `RewardModel.score_rollout`."""
+        return self._of_rows(self.format.encode_rollout(self.tokenizer, rollout), batch_size)
+
+    def _of_rows(self, rows: Sequence[TokenPair], batch_size: int) -> Scores:
         return self.of_logits([logits_of_rows(one.model, one.tokenizer, rows, batch_size) for one in self.members])
 
     def of_logits(self, logits: Sequence[Tensor]) -> Scores:

@@ -116,7 +116,7 @@ def train(
 _CARD_KEYS = {
     "train-sft": ("sft.", "model.", "data.", "precision."),
     "train-rm": ("rm.", "data.", "rollout.", "precision."),
-    "train-policy": ("algo.", "kl.", "rm.noise", "peft.", "data.", "rollout.", "precision."),
+    "train-policy": ("algo.", "kl.", "reward.", "rm.noise", "peft.", "data.", "rollout.", "precision."),
 }
 _NOT_ON_CARD = (".path", ".cache_dir", ".micro_batch_size", ".samples_every", ".gradient_checkpointing")
 
