@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
-import math
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from study import cell, mean, read, rlhf, table
 
 from rlhf_cli.evaluation.statistics import Estimate, mean_interval_over_seeds
 
@@ -72,9 +70,9 @@ def main() -> int:
         run_seed(options.out / f"seed-{seed}", seed, options.methods, options.extra)
     rows = collect([options.out / f"seed-{seed}" for seed in options.seeds], options.methods)
     write_csv(options.out / "table.csv", rows)
-    table = markdown(rows)
-    (options.out / "table.md").write_text(table, encoding="utf-8")
-    print(table)
+    shown = markdown(rows)
+    (options.out / "table.md").write_text(shown, encoding="utf-8")
+    print(shown)
     return 0
 
 
@@ -93,14 +91,6 @@ def measured(methods: Sequence[str]) -> dict[str, str]:
     for name in methods:
         places |= {name: name} | MORE.get(name, {})
     return places
-
-
-def rlhf(*arguments: str) -> None:
-    """One command; ends the comparison where it fails."""
-    print("rlhf", *arguments, flush=True)
-    status = subprocess.run([sys.executable, "-m", "rlhf_cli", *arguments]).returncode
-    if status:
-        raise SystemExit(status)
 
 
 def collect(folders: Sequence[Path], methods: Sequence[str]) -> list[Row]:
@@ -122,30 +112,17 @@ def collect(folders: Sequence[Path], methods: Sequence[str]) -> list[Row]:
     return rows
 
 
-def read(folder: Path) -> dict[str, float]:
-    """A run's final figures."""
-    values: dict[str, float] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return values
-
-
-def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean."""
-    return math.fsum(values) / len(values)
-
-
 def markdown(rows: Sequence[Row]) -> str:
     """The table as the README has it."""
     head = ["method", *EVALUATED, "generated", "time, s", "samples/s"]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    lines = []
     for row in rows:
         cells = [f"`{row.name}`"]
         for column, (_, digits) in EVALUATED.items():
-            one = row.figures[column]
-            spread = "" if math.isnan(one.lo) else f" ± {one.half_width:.{digits}f}"
-            cells.append(f"{one.value:.{digits}f}{spread}")
+            cells.append(cell(row.figures[column], digits))
         cells += ["", "", ""] if row.time_s is None else [*trained(row)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return table(head, lines)
 
 
 def trained(row: Row) -> tuple[str, str, str]:

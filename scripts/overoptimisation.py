@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from study import Command, markdown, overrides_apart, run_all, write_json
+from study import Command, overrides_apart, run_all, table, write_json
 
 from rlhf_cli import build
 from rlhf_cli.data.settings import ReviewsSettings
@@ -133,10 +133,10 @@ def main() -> int:
         curves["RL"][name] = rl_curve(rows, scored, name)
     fits = {way: {name: fitted(way, curve) for name, curve in of.items()} for way, of in curves.items()}
     write_json(options.out / "numbers.json", numbers(curves, fits, options.seeds))
-    table = as_markdown(curves, fits)
-    (options.out / "table.md").write_text(table, encoding="utf-8")
+    text = as_markdown(curves, fits)
+    (options.out / "table.md").write_text(text, encoding="utf-8")
     draw(options.out / "overoptimisation.png", curves, fits)
-    print(table)
+    print(text)
     return 0
 
 
@@ -312,7 +312,7 @@ def as_markdown(
                     *(_text(curve.means(values)[-1]) for values in (curve.proxy, curve.gold)),
                 ]
             )
-    return markdown(head, rows)
+    return table(head, rows)
 
 
 def _peak_text(one: Peak | None, largest: float) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study import Command, markdown, overrides_apart, run_all, write_json
+from study import Command, overrides_apart, run_all, table, write_json
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import DistilBertConfig, DistilBertForMaskedLM, PreTrainedTokenizerFast
 
@@ -131,9 +131,9 @@ def main() -> int:
     measured = {job.overrides["rm.path"]: job.summary for job in read_jobs(out / "eval")}
     rows = [row_of(one, measured[str(one.folder)]) for one in best]
     write_json(out / "table.json", [asdict(row) for row in rows])
-    table = as_markdown(rows)
-    (out / "table.md").write_text(table, encoding="utf-8")
-    print(table)
+    text = as_markdown(rows)
+    (out / "table.md").write_text(text, encoding="utf-8")
+    print(text)
     return 0
 
 
@@ -184,7 +184,7 @@ def row_of(one: Tried, measured: Mapping[str, Any]) -> Row:
 def as_markdown(rows: Sequence[Row]) -> str:
     """The table as the README has it."""
     head = ["backbone", "trained", "lr", "parameters", "of", "accuracy", "positive", "negative", "time, s"]
-    return markdown(
+    return table(
         head,
         [
             [

@@ -146,7 +146,7 @@ def consistency(reward_model: Scorer, pairs: Sequence[Preference], precision: Pr
     others = (
         raw(rows, 1),
         raw(rows, _OTHER_BATCH),
-        raw(rows[::-1], _OTHER_BATCH)[::-1],
+        raw(rows[::-1], len(rows))[::-1],
         raw([*rows, longest], len(rows) + 1)[:-1],
     )
     return max(float(np.abs(usual - other).max()) for other in others)
@@ -302,7 +302,7 @@ def margin_histogram(margin: Column, num_bins: int = 30) -> tuple[Column, NDArra
     The edges are multiples of one width; a tie is in the bin above 0.
     """
     reach = float(np.abs(margin).max()) or 1.0
-    width = 2 * reach / num_bins
+    width = 2 * reach / num_bins * (1 + 1e-9)  # or rounding could leave the outermost pair out
     low, high = math.floor(float(margin.min()) / width), math.floor(float(margin.max()) / width) + 1
     edges = np.arange(min(low, 0), max(high, 1) + 1, dtype=np.float64) * width
     counts, _ = np.histogram(margin, edges)

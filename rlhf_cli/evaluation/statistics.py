@@ -277,8 +277,6 @@ def wilson_interval(successes: float, n: int, level: float = 0.95) -> Estimate:
 class ReliabilityBin:
     """Predictions that fall between two edges: what was predicted, and what came about."""
 
-    lo: float
-    hi: float
     count: int
     probability: float  # mean prediction
     frequency: float  # mean outcome
@@ -322,13 +320,7 @@ def _binned(p: Vector, o: Vector, num_bins: int) -> list[ReliabilityBin]:
     sum_p = np.bincount(index, weights=p, minlength=num_bins)
     sum_o = np.bincount(index, weights=o, minlength=num_bins)
     return [
-        ReliabilityBin(
-            float(b / num_bins),
-            float((b + 1) / num_bins),
-            int(count[b]),
-            float(sum_p[b] / count[b]),
-            float(sum_o[b] / count[b]),
-        )
+        ReliabilityBin(int(count[b]), float(sum_p[b] / count[b]), float(sum_o[b] / count[b]))
         for b in np.flatnonzero(count)
     ]
 
@@ -341,26 +333,6 @@ def expected_calibration_error(probability: ArrayLike, outcome: ArrayLike, num_b
     bins = reliability(probability, outcome, num_bins)
     total = sum(b.count for b in bins)
     return sum(b.count / total * abs(b.frequency - b.probability) for b in bins)
-
-
-def brier(probability: ArrayLike, outcome: ArrayLike) -> float:
-    """Mean of (p - o)^2 (Brier 1950); symmetrising the pairs does not change it."""
-    p, o = _pairs(probability, outcome)
-    return float(np.mean((p - o) ** 2))
-
-
-def negative_log_likelihood(probability: ArrayLike, outcome: ArrayLike) -> float:
-    """Mean of -o log p - (1 - o) log(1 - p), in nats; infinite where an outcome was given probability 0.
-
-    Symmetrising the pairs does not change it.
-    """
-    p, o = _pairs(probability, outcome)
-    with np.errstate(divide="ignore"):
-        log_p, log_q = np.log(p), np.log1p(-p)
-    # 0 log 0 = 0: what did not happen costs nothing.
-    first = np.multiply(o, log_p, out=np.zeros_like(o), where=o > 0)
-    second = np.multiply(1 - o, log_q, out=np.zeros_like(o), where=o < 1)
-    return float(-np.mean(first + second))
 
 
 def _pairs(probability: ArrayLike, outcome: ArrayLike) -> tuple[Vector, Vector]:

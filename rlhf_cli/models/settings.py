@@ -8,6 +8,9 @@ from typing import Any
 
 from rlhf_cli.errors import bad_choice, bad_value
 
+# Names the members of a folder of several models.
+INDEX_FILE = "ensemble.json"
+
 
 @dataclass
 class LearningRates:

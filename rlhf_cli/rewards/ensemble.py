@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_cli.data.tokenise import TokenPair
 from rlhf_cli.errors import RequestError
 from rlhf_cli.files import write_json_atomic
-from rlhf_cli.models.loading import INDEX_FILE
+from rlhf_cli.models.settings import INDEX_FILE
 from rlhf_cli.rewards.model import (
     MAX_ROWS,
     RewardFormat,

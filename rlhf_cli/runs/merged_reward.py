@@ -20,10 +20,10 @@ from rlhf_cli.ops.merging import lerp_many
 from rlhf_cli.report.plots import training_curves
 from rlhf_cli.rewards.ensemble import EnsembleRewardModel, save_ensemble
 from rlhf_cli.rewards.model import RewardModel, Scorer, load_reward_model
-from rlhf_cli.rewards.settings import EnsembleRm, MembersRm, Selection, Standardize
-from rlhf_cli.runs.common import write_card_of
+from rlhf_cli.rewards.settings import EnsembleRm, MembersRm, Selection
+from rlhf_cli.runs.common import explained_memory, write_card_of
 from rlhf_cli.runs.job import Artifact, Job
-from rlhf_cli.runs.reward import adjusted, sft_samples
+from rlhf_cli.runs.reward import MEMORY_KEYS, adjusted, say_temperature, sft_samples
 from rlhf_cli.train.recorder import RunRecorder, SilentRecorder, shared_run
 
 _KEYS = ("selection/member", "selection/weight_average", "selection/ensemble")
@@ -50,9 +50,10 @@ def merge_members(job: Job, seed: int, sft: Artifact, members: Sequence[Artifact
         _say_ranking(recorder, ranked)
         _record_prefixes(job, recorder, ranked)
         chosen = _greedy(job, ranked) if rm.selection is Selection.greedy else ranked
-        rollout = sft_samples(job, seed, sft) if rm.standardize is Standardize.sft_samples else None
         scorer = _merged(job, chosen)
-        _, figures = adjusted(job, scorer, rollout)
+        with explained_memory(MEMORY_KEYS):
+            _, figures = adjusted(job, scorer, sft_samples(job, seed, sft))
+        say_temperature(recorder, figures)
         if job.world.is_main:
             write_folder_atomic(lambda folder: _save(scorer, chosen, folder), job.folder / "model")
         merged = score_pairs(scorer, job.data.pairs_validation, job.precision)
@@ -67,8 +68,7 @@ def merge_members(job: Job, seed: int, sft: Artifact, members: Sequence[Artifact
         if isinstance(recorder, RunRecorder):
             rows = recorder.run.metrics().rows
             training_curves(recorder.run.plots / "members.png", rows, _KEYS, "Accuracy by number of members")
-        if not isinstance(scorer, EnsembleRewardModel):
-            write_card_of(job, seed, None, upstream, figures)
+        write_card_of(job, seed, build.rm_base(job.config, sft.path), upstream, figures)
 
 
 def averaged(models: Sequence[RewardModel]) -> RewardModel:

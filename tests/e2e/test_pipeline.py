@@ -203,7 +203,7 @@ def test_evaluation_of_the_reward_model_alone(policies: Path):
     assert {path.name for path in (folder / "plots").iterdir()} == plots
     said = done.out.splitlines()
     assert all(f"rm-alone/plots/{name}" in said for name in plots) and "rm-alone/rm_pairs.jsonl" in said
-    assert re.search(r"^ figure +test +n +ood +n$", done.out, re.M) and "Best of n, over 8 prompts" in said
+    assert re.search(r"^ figure +test +n +ood +n *$", done.out, re.M) and "Best of n, over 8 prompts" in said
     assert content(folder / "run.json")["upstream"].keys() == {"rm", "reference"}
 
 

@@ -17,7 +17,6 @@ from rlhf_cli.evaluation.reward_models import (
     consistency,
     margin_histogram,
     pair_rows,
-    preference_log_odds,
     score_pairs,
     summarise_pairs,
 )
@@ -78,11 +77,6 @@ class TestScores:
         ):
             expected = [len(text) - 100 * len(pair.prompt) for text, pair in zip(texts, PAIRS, strict=True)]
             assert one.gold is not None and one.gold.tolist() == expected
-
-    def test_what_a_pair_is_scored_by_is_asked_in_one_place(self) -> None:
-        chosen, rejected = (Scores(torch.zeros(2), torch.tensor(raw)) for raw in ([3.0, 1.0], [1.0, 2.5]))
-        log_odds, temperature = preference_log_odds(reward_model(), chosen, rejected)
-        assert log_odds.tolist() == [2.0, -1.5] and log_odds.dtype == np.float64 and temperature == 1
 
     def test_the_precision_of_the_run(self) -> None:
         full, half = (score_pairs(reward_model(), PAIRS, p) for p in (FP32, Precision("bf16", CPU)))
@@ -162,8 +156,8 @@ class TestSummary:
         assert table["rm/rejected_reward"].value == pytest.approx((2 - 1) / 2)
 
     def test_brier_by_hand(self) -> None:
-        brier = summarise_pairs(pair_scores(math.log(3), -math.log(3)), 100, 0)["rm/brier"]
-        assert brier.value == pytest.approx((0.25**2 + 0.75**2) / 2)
+        brier = summarise_pairs(pair_scores(math.log(3), math.log(3), -math.log(4)), 100, 0)["rm/brier"]
+        assert brier.value == pytest.approx((0.25**2 + 0.25**2 + 0.8**2) / 3)
         assert brier.lo <= brier.value <= brier.hi
 
     def test_the_seed_decides_the_intervals(self) -> None:
@@ -360,6 +354,12 @@ class TestFiles:
             assert 0 in edges and edges[0] <= margin.min() and margin.max() <= edges[-1]
             assert counts[edges[:-1] >= 0].sum() == (margin >= 0).sum()
             assert 2 <= len(counts) + 1 <= 33
+
+    def test_rounding_loses_no_pair(self) -> None:
+        rng = np.random.default_rng(1)
+        for reach in rng.uniform(0.01, 100, 2000):
+            edges, counts = margin_histogram(np.array([-reach, reach]))
+            assert counts.sum() == 2 and edges[0] <= -reach and reach <= edges[-1]
 
     def test_margins_that_are_all_ties(self) -> None:
         edges, counts = margin_histogram(np.zeros(4))

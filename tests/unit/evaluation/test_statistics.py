@@ -14,10 +14,8 @@ from rlhf_cli.evaluation.statistics import (
     Estimate,
     ReliabilityBin,
     accuracy_by_confidence,
-    brier,
     expected_calibration_error,
     mean_interval_over_seeds,
-    negative_log_likelihood,
     reliability,
     resolution_note,
     student_t_quantile,
@@ -360,20 +358,6 @@ def test_confidence_has_the_bins_of_the_calibration_error() -> None:
     assert 2 * folded[0].count == symmetrised[7].count and sum(b.count for b in folded) == 400
 
 
-def test_brier_and_likelihood_worked_by_hand() -> None:
-    p, o = [0.9, 0.6, 0.2], [1, 0, 0]
-    assert brier(p, o) == pytest.approx((0.01 + 0.36 + 0.04) / 3)
-    assert negative_log_likelihood(p, o) == pytest.approx(-math.log(0.9 * 0.4 * 0.8) / 3)
-    both_p, both_o = p + [1 - x for x in p], o + [1 - x for x in o]
-    assert brier(both_p, both_o) == pytest.approx(brier(p, o))
-    assert negative_log_likelihood(both_p, both_o) == pytest.approx(negative_log_likelihood(p, o))
-
-
-def test_likelihood_at_certainty() -> None:
-    assert negative_log_likelihood([1.0, 0.0], [1, 0]) == 0
-    assert negative_log_likelihood([1.0, 0.0], [1, 1]) == math.inf
-
-
 @pytest.mark.parametrize(
     ("p", "o"),
     [
@@ -387,9 +371,8 @@ def test_likelihood_at_certainty() -> None:
     ],
 )
 def test_calibration_refuses_what_is_no_probability(p: list[float], o: list[float]) -> None:
-    for function in (brier, negative_log_likelihood, expected_calibration_error):
-        with pytest.raises(ValueError, match=r"expected|finite"):
-            function(p, o)
+    with pytest.raises(ValueError, match=r"expected|finite"):
+        expected_calibration_error(p, o)
 
 
 # What n prompts can resolve
