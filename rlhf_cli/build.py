@@ -38,6 +38,7 @@ from rlhf_cli.errors import bad_value
 from rlhf_cli.models.adapters import Adapter
 from rlhf_cli.models.bottleneck import add_bottleneck
 from rlhf_cli.models.critic import Critic, SeparateCritic, SharedCritic
+from rlhf_cli.models.last_layer import freeze_below_last_layer
 from rlhf_cli.models.loading import (
     build_tiny,
     classifier_from_lm,
@@ -137,12 +138,12 @@ def backbone(
 def adapter(
     key: str, settings: PeftSettings, model: PreTrainedModel, base: str | None, seed: int
 ) -> Adapter | None:
-    """The adapter that a stage trains; None where it trains all weights.
+    """The adapter that a stage trains; None where it trains weights of the model itself, all or the last layer's.
 
     Args:
         key: of the settings.
         settings: group `peft`.
-        model: gets the adapter, in place.
+        model: gets the adapter, or is frozen in part, in place.
         base: what `model` was loaded from; None where it starts from scratch: then there is nothing to adapt.
         seed: of the stage.
     """
@@ -153,6 +154,9 @@ def adapter(
             return add_lora(key, model, settings, base, derive_seed(seed, "lora"))
         case "adapter":
             return add_bottleneck(key, model, settings, base, derive_seed(seed, "adapter"))
+        case "last_layer":
+            freeze_below_last_layer(key, model)
+            return None
         case _:
             raise AssertionError(f"no adapter {settings.name}")
 

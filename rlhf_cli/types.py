@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # settings are read before torch is needed
     import torch
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class Rollout:
     truncated: Tensor  # bool [N], True = the length limit came before an EOS
     sampled_logprob: Tensor  # float32 [N], sum over the completion, as captured while sampling
     samples_per_prompt: int  # k
+    tokenizer: PreTrainedTokenizerBase | None = None  # what the ids are of
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -128,9 +130,11 @@ class Scores:
     reward: Tensor  # float32 [N], standardised: what the policy is trained on
     raw: Tensor  # float32 [N], the reward model's own scale
     logits: Tensor | None = (
-        None  # float32 [N, K], the classifier's outputs, K = 1 of a scalar one; of several, the mean's
+        None  # float32 [N, K], of the classifier, K = 1 of a scalar one; of several, of their mean
     )
     disagreement: Tensor | None = None  # float32 [N], std of the standardised rewards of an ensemble's members
+    terms: Mapping[str, Tensor] = field(default_factory=dict)  # float32 [N] each, what `reward` was summed from
+    clipped: Tensor | None = None  # float32 [N], 1 where a clip changed `reward`; None without one
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ import math
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from rlhf_cli.build import dataset
 from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.data.settings import ReviewsSettings
 from rlhf_cli.evaluation.statistics import Estimate
+
+_TOLD = 2000  # characters of a failed command's log
 
 
 def rlhf(*arguments: str, log: Path | None = None) -> None:
@@ -29,8 +33,35 @@ def rlhf(*arguments: str, log: Path | None = None) -> None:
         with log.open("a", encoding="utf-8") as stream:
             status = subprocess.run(line, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL).returncode
     if status:
-        print(f"failed with status {status}: rlhf {' '.join(arguments)}{f' (see {log})' if log else ''}")
+        said = "" if log is None else f"{log}:\n{log.read_text(encoding='utf-8', errors='replace')[-_TOLD:]}"
+        print(f"failed with status {status}: rlhf {' '.join(arguments)}\n{said}", file=sys.stderr, flush=True)
         raise SystemExit(status)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One call of rlhf, and where what it prints goes."""
+
+    arguments: Sequence[str]
+    log: Path
+
+
+def run_all(commands: Sequence[Command], jobs: int) -> None:
+    """Runs the commands, `jobs` at a time; ends the study where one of them fails."""
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        started = [pool.submit(rlhf, *command.arguments, log=command.log) for command in commands]
+        try:
+            for one in as_completed(started):
+                one.result()
+        except SystemExit:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def overrides_apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A study's own arguments, and the overrides for every run, which follow `--`."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return list(arguments[:at]), list(arguments[at + 1 :])
 
 
 def quiet() -> None:
@@ -42,6 +73,12 @@ def read(folder: Path) -> dict[str, float]:
     """A run's final figures."""
     values: dict[str, float] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return values
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Readable, and the same bytes for the same value."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def reviews_of(folder: Path) -> Dataset:

@@ -20,7 +20,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_cli.errors import bad_value
-from rlhf_cli.settings import KlEstimator, KlPlacement, KlSettings, TrainSettings
+from rlhf_cli.settings import KlEstimator, KlPlacement, KlSettings, Select, TrainSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,8 +72,15 @@ class Algorithm:
         """What is allowed and known to be wrong with the KL as it is set; None where nothing is."""
         return kl.problem()
 
+    def running_scale_problem(self) -> str | None:
+        """What it does that a reward on a moving scale cannot serve; None where nothing is."""
+        for key, is_set in (("select=best", self.train.select is Select.best), ("patience", self.train.patience)):
+            if is_set:
+                return f"algo.train.{key} compares rewards over time, and they would be on different scales"
+        return None
+
     def needs_reward_model(self, pairs_share_prompt: bool) -> bool:
-        """Whether a reward model has to be there; `pairs_share_prompt`: as `check_data` has it."""
+        """Whether it learns from a reward; `pairs_share_prompt`: as `check_data` has it."""
         return True
 
     def learns_from_pairs(self, pairs_share_prompt: bool) -> bool:

@@ -80,6 +80,10 @@ class PreferenceAlgorithm(Algorithm, ABC):
         if self.labels is Labels.gold and not has_gold and not self.learns_from_pairs(pairs_share_prompt):
             raise bad_value("algo.labels", "gold", f"rm, because data={name} knows no true reward")
 
+    def running_scale_problem(self) -> str | None:
+        """All samples are ranked at once."""
+        return f"algo={self.name} ranks all its samples at once"
+
     def learns_from_pairs(self, pairs_share_prompt: bool) -> bool:
         """Whether it trains on the data's pairs; else on pairs of its own samples."""
         return self.pairs is Pairs.data or (self.pairs is Pairs.auto and pairs_share_prompt)

@@ -104,7 +104,15 @@ class Warp(Algorithm):
         """Raises RequestError for weights that have no average: an adapter's model has wider layers than its base."""
         self.member().check_others(kl, peft)
         if peft == "adapter":
-            raise bad_value("peft", peft, "none or lora, because algo=warp averages weights of one shape")
+            raise bad_value(
+                "peft", peft, "none, lora or last_layer, because algo=warp averages weights of one shape"
+            )
+
+    def running_scale_problem(self) -> str | None:
+        """Each member has a scale of its own."""
+        if self.merge is Merge.none:
+            return "algo.merge=none compares members, and their rewards would be on different scales"
+        return super().running_scale_problem()
 
     def shared_counts(self, pairs_share_prompt: bool) -> dict[str, tuple[int, int]]:
         """Those of a member: all processes train one member together."""

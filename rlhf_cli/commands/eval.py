@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +12,12 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from rlhf_cli.commands.context import Context
+from rlhf_cli.commands.eval_reward_model import RewardModelReport, evaluate_reward_model, show_reward_model
 from rlhf_cli.commands.show import display_path
 from rlhf_cli.commands.train import make_job, say
 from rlhf_cli.config.schema import RunConfig
-from rlhf_cli.data.tokenise import count_cuts
 from rlhf_cli.errors import RequestError, bad_choice
 from rlhf_cli.evaluation.policies import Measured, Policy, Questions, measure, summarise
-from rlhf_cli.evaluation.reward_models import score_pairs, summarise_pairs
 from rlhf_cli.evaluation.statistics import Estimate, resolution_note
 from rlhf_cli.models.loading import load_causal_lm, resolve_path
 from rlhf_cli.report.plots import FrontPoint, reward_bars, reward_vs_kl
@@ -29,13 +29,9 @@ from rlhf_cli.runs.job import Artifact, Job
 from rlhf_cli.stages import file_digest, resolve_rm, resolve_sft
 from rlhf_cli.train.recorder import RunRecorder, recorded_run
 from rlhf_cli.train.seeding import derive_seed
-from rlhf_cli.types import Example, Preference
 
 # Folders of a run that hold models of their own.
 _PARTS = ("front", "members", "iterations")
-
-# Pairs of a split that are looked at for what the caps cut.
-_COUNTED = 500
 
 _SHOWN = ("reward/mean", "gold/mean", "kl/full", "length/mean", "perplexity/preferred", "distinct/2")
 
@@ -57,43 +53,24 @@ def run_eval(config: RunConfig, context: Context) -> None:
     _check_split(job)
     subjects = _named([_subject(path) for path in config.policies])
     reference = _reference(job, subjects)
-    rm = _reward_model(job, subjects)
-    upstream = {"rm": rm} | ({"reference": reference} if reference else {})
-    total = len(subjects) + (1 if subjects else 0) + 1
+    sft = functools.cache(lambda: _sft(job, subjects))
+    rm = _reward_model(job, subjects, sft)
+    sampler = (reference or sft()) if config.eval.best_of_n else None
+    base = reference or sampler
+    upstream = {"rm": rm} | ({"reference": base} if base else {})
+    total = len(subjects) + (1 if subjects else 0) + 1 + (sampler is not None)
     with recorded_run(job.request("eval", config.seed, total, (), upstream)) as recorder:
         (recorder.run.path / "per_prompt.jsonl").unlink(missing_ok=True)  # an evaluation starts over
         reward_model = load_scorer("rm.path", rm.path, job.precision.device)
-        pairs = _evaluate_pairs(job, reward_model)
-        recorder.progress.update(1, {})
+        report = evaluate_reward_model(job, reward_model, sampler, recorder)
         table: dict[str, Cells] = {}
         if subjects:
             assert reference is not None
-            table = _evaluate_policies(job, subjects, reference, reward_model, recorder)
-        recorder.summary(_flat_summary(table, pairs))
-        paths = _plots(recorder.run.plots, table)
-    _show(table, pairs, [recorder.run.path / "summary.json", recorder.run.path / "per_prompt.jsonl", *paths])
-
-
-def _evaluate_pairs(job: Job, reward_model: Scorer) -> dict[str, Estimate]:
-    """Reward-model figures; the chosen split bears plain names, the others their split's."""
-    config, result = job.config, dict[str, Estimate]()
-    for split, rows in job.data.pairs_test.items():
-        _say_cuts(reward_model, split, rows)
-        scores = score_pairs(reward_model, rows, job.precision)
-        figures = summarise_pairs(scores, config.eval.num_resamples, config.seed)
-        for metric, estimate in figures.items():
-            name = metric if split == config.eval.split else metric.replace("rm/", f"rm/{split}/")
-            result[name] = estimate
-    return result
-
-
-def _say_cuts(reward_model: Scorer, split: str, rows: Sequence[Preference]) -> None:
-    """Pairs are read as the reward model was trained to; what its caps cut is told."""
-    sides = [Example(row.prompt, text) for row in rows[:_COUNTED] for text in (row.chosen, row.rejected)]
-    caps = reward_model.format.max_prompt_tokens, reward_model.format.max_completion_tokens
-    cuts = count_cuts(reward_model.tokenizer, sides, *caps, at_most=len(sides))
-    if cuts.prompts or cuts.completions:
-        say(f"rm, {split} pairs: {cuts} (the reward model's own caps, {caps[0]} and {caps[1]} tokens)")
+            table = _evaluate_policies(job, subjects, reference, reward_model, recorder, 1 + (sampler is not None))
+        recorder.summary(_flat_summary(table, report.figures))
+        paths = [*_plots(recorder.run.plots, table), *report.plots]
+    files = [recorder.run.path / name for name in ("summary.json", "per_prompt.jsonl")]
+    _show(table, report, [*files, *report.files, *paths])
 
 
 def _evaluate_policies(
@@ -102,7 +79,9 @@ def _evaluate_policies(
     reference: Artifact,
     reward_model: Scorer,
     recorder: RunRecorder,
+    done: int,
 ) -> dict[str, Cells]:
+    """`done`: steps of the progress bar before these."""
     config, data, device = job.config, job.data, job.precision.device
     prompts = data.prompts_test[config.eval.split][: config.eval.num_prompts]
     if len(prompts) < config.eval.num_prompts:
@@ -126,7 +105,7 @@ def _evaluate_policies(
         one = measure(policy, base, reward_model, data.gold, questions, job.precision)
         measured.append(one)
         _append_rows(recorder.run.path / "per_prompt.jsonl", one)
-        recorder.progress.update(place + 2, {})
+        recorder.progress.update(done + place + 1, {})
         del policy
     return summarise(measured, base.name, config.eval.num_resamples, config.seed)
 
@@ -215,7 +194,7 @@ def _reference(job: Job, subjects: Sequence[_Subject]) -> Artifact | None:
     return Artifact(path, file_digest(path))
 
 
-def _reward_model(job: Job, subjects: Sequence[_Subject]) -> Artifact:
+def _reward_model(job: Job, subjects: Sequence[_Subject], sft: Callable[[], Artifact]) -> Artifact:
     """The given reward model, the one behind a policy, or one from the cache: some policies have none behind them."""
     if job.config.rm.path is None:
         for subject in subjects:
@@ -223,7 +202,7 @@ def _reward_model(job: Job, subjects: Sequence[_Subject]) -> Artifact:
                 path = resolve_path("rm.path", subject.upstream["rm"].path)
                 say(f"rm: using {path} (behind {subject.name})")
                 return Artifact(path, file_digest(path))
-    return resolve_rm(job, lambda: _sft(job, subjects), say)
+    return resolve_rm(job, sft, say)
 
 
 def _sft(job: Job, subjects: Sequence[_Subject]) -> Artifact:
@@ -269,7 +248,7 @@ def _plots(folder: Path, table: Mapping[str, Cells]) -> list[Path]:
     return [bars, front]
 
 
-def _show(table: Mapping[str, Cells], pairs: Mapping[str, Estimate], paths: Sequence[Path]) -> None:
+def _show(table: Mapping[str, Cells], report: RewardModelReport, paths: Sequence[Path]) -> None:
     console = Console(highlight=False)
     if table:
         rows = [
@@ -286,11 +265,7 @@ def _show(table: Mapping[str, Cells], pairs: Mapping[str, Estimate], paths: Sequ
         if delta is not None:
             metric = "gold/mean" if "gold/mean" in last else "reward/mean"
             console.print(f"{metric}: {resolution_note(delta)}", markup=False)
-    for metric, estimate in pairs.items():
-        console.print(
-            f"{metric} {estimate.value:.3f} [{estimate.lo:.3f}, {estimate.hi:.3f}] over {estimate.n} pairs",
-            markup=False,
-        )
+    show_reward_model(report, console)
     for path in paths:
         if path.exists():
             console.print(str(display_path(path)), markup=False, soft_wrap=True)

@@ -220,6 +220,7 @@ def _check_given_paths(config: RunConfig) -> None:
         ("sft.path", config.sft.path),
         ("rm.path", config.rm.path),
         ("reference.path", config.reference.path),
+        ("reward.coherence.path", config.reward.coherence.path),
         *(("policies", path) for path in config.policies),
     ]
     paths = [(key, path) for key, path in given if path is not None]

@@ -13,6 +13,7 @@ from rlhf_cli.commands.show import show_run
 from rlhf_cli.config.schema import Resume, RunConfig
 from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.errors import RequestError
+from rlhf_cli.models.loading import resolve_path
 from rlhf_cli.rewards.settings import MembersRm
 from rlhf_cli.runs.job import Artifact, Job
 from rlhf_cli.runs.members import publish_member
@@ -22,7 +23,7 @@ from rlhf_cli.runs.preference import train_on_pairs
 from rlhf_cli.runs.reward import train_rm
 from rlhf_cli.runs.sft import train_sft
 from rlhf_cli.runs.warp import train_warp
-from rlhf_cli.stages import resolve_members, resolve_rm, resolve_sft
+from rlhf_cli.stages import file_digest, resolve_members, resolve_rm, resolve_sft
 from rlhf_cli.train.distributed import World, current
 from rlhf_cli.train.seeding import deterministic, set_threads
 
@@ -86,7 +87,7 @@ def run_train(config: RunConfig, context: Context) -> None:
         case "train-policy":
             sft = resolve_sft(job, say)
             rm = resolve_rm(job, lambda: sft, say) if config.needs_rm() else None
-            _train_policy(job, sft, rm)
+            _train_policy(job, sft, rm, _judge(config))
     if job.world.is_main:
         show_run(context.folder)
 
@@ -104,17 +105,25 @@ def _train_rm(job: Job, sft: Artifact) -> None:
         publish_member(job, seed, sft, members[0])
 
 
-def _train_policy(job: Job, sft: Artifact, rm: Artifact | None) -> None:
+def _judge(config: RunConfig) -> Artifact | None:
+    """The language model of the reward's coherence, where it is neither left out nor the SFT model."""
+    path = config.reward.coherence.path
+    if path is None or not config.asks_reward() or not config.reward.coherence.weight:
+        return None
+    resolved = resolve_path("reward.coherence.path", path)
+    say(f"coherence: using {resolved} (reward.coherence.path is set)")
+    return Artifact(resolved, file_digest(resolved))
+
+
+def _train_policy(job: Job, sft: Artifact, rm: Artifact | None, judge: Artifact | None) -> None:
     """By the kind of algorithm: from pairs, from samples, or members that are merged."""
     algorithm, seed = job.config.algo, job.config.seed
     if isinstance(algorithm, PreferenceAlgorithm):
-        train_on_pairs(job, seed, sft, rm)
-        return
-    assert rm is not None, "samples have no labels but a reward"
-    if isinstance(algorithm, Warp):
-        train_warp(job, seed, sft, rm)
+        train_on_pairs(job, seed, sft, rm, judge)
+    elif isinstance(algorithm, Warp):
+        train_warp(job, seed, sft, rm, judge)
     else:
-        train_policy(job, seed, sft, rm)
+        train_policy(job, seed, sft, rm, judge)
 
 
 def say(text: str) -> None:

@@ -17,6 +17,7 @@ from omegaconf.errors import (
 )
 
 from rlhf_cli.errors import RequestError, bad_choice
+from rlhf_cli.rewards.term_settings import RewardRule
 
 
 def as_request_error(error: HydraException | OmegaConfBaseException, overrides: Sequence[str]) -> RequestError:
@@ -42,10 +43,10 @@ def _missing_choice(error: MissingConfigException) -> RequestError:
 
 
 def _omegaconf(error: OmegaConfBaseException, overrides: Sequence[str]) -> RequestError:
-    key = str(error.full_key or "")
+    key = _in_lists(str(error.full_key or ""), error)
     message = _one_line(str(error.msg or error).split("\n")[0])
     given = _given_value(key, overrides)
-    if given is None and (quoted := re.match(r"Value '(.*?)'", message)):
+    if given is None and (quoted := re.match(r"(?:Invalid v|V)alue '(.*?)'", message)):
         given = quoted.group(1)  # from a YAML file
     if isinstance(error, MissingMandatoryValue):
         return RequestError(f"{key}: has to be given")
@@ -59,6 +60,15 @@ def _omegaconf(error: OmegaConfBaseException, overrides: Sequence[str]) -> Reque
         if words in message:
             return RequestError(f"{_pair(key, given)}: expected {expected}")
     return RequestError(f"{_pair(key, given)}: {message}" if key else message)
+
+
+# Items of a list know their own keys alone.
+_LISTS = {RewardRule: "reward.rules[]"}
+
+
+def _in_lists(key: str, error: OmegaConfBaseException) -> str:
+    where = _LISTS.get(error.object_type) if error.object_type is not None else None
+    return key if where is None or "." in key else f"{where}.{key}"
 
 
 _EXPECTED = {  # OmegaConf's words -> ours

@@ -17,6 +17,7 @@ from omegaconf import MISSING
 from rlhf_cli.errors import RequestError, bad_value
 from rlhf_cli.models.settings import ModelSettings, PeftSettings
 from rlhf_cli.rewards.settings import MembersRm, RmInit
+from rlhf_cli.rewards.term_settings import Normalize, RewardSettings
 from rlhf_cli.settings import CheckpointSettings, KlSettings, TrainSettings
 
 
@@ -105,12 +106,20 @@ class EvalConfig:
     split: str = "test"
     temperature: float = 1.0
     num_resamples: int = 2000
+    best_of_n: int = 0
+    best_of_samples: int = 64
 
     def check(self) -> None:
         """Raises RequestError for impossible values."""
-        for key in ("num_prompts", "samples_per_prompt", "num_resamples"):
+        for key in ("num_prompts", "samples_per_prompt", "num_resamples", "best_of_samples"):
             if getattr(self, key) < 1:
                 raise bad_value(f"eval.{key}", getattr(self, key), "a whole number >= 1")
+        if self.best_of_n < 0:
+            raise bad_value("eval.best_of_n", self.best_of_n, "a whole number >= 1, or 0 for none")
+        if self.best_of_n >= self.best_of_samples:
+            raise bad_value(
+                "eval.best_of_samples", self.best_of_samples, f"more than eval.best_of_n={self.best_of_n}"
+            )
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise bad_value("eval.temperature", self.temperature, "a number > 0")
 
@@ -169,6 +178,7 @@ class RunConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     logger: Any = MISSING
     kl: KlSettings = field(default_factory=KlSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
     sft: SftConfig = field(default_factory=SftConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -197,11 +207,10 @@ class RunConfig:
         self.rm.check()
         self.algo.check()
         self.algo.check_others(self.kl, self.peft.name)
+        self.reward.check()
         if self.command == "train-policy":
             self.algo.check_data(self.data.name, self.data.pairs_share_prompt, self.data.has_gold)
-            if self.rm.noise and not self.needs_rm():
-                why = f"because algo={self.algo.name} asks no reward model here"
-                raise bad_value("rm.noise", self.rm.noise, f"0, {why}")
+            self._check_reward()
         if isinstance(self.rm, MembersRm) and self.rm.member is not None and self.command != "train-rm":
             raise bad_value("rm.member", self.rm.member, f"null, because {self.command} needs all members")
         self.rollout.check()
@@ -217,9 +226,13 @@ class RunConfig:
         if not self.stages.auto:
             self._check_paths()
 
-    def needs_rm(self) -> bool:
-        """Whether the policy's algorithm asks for a reward model."""
+    def asks_reward(self) -> bool:
+        """Whether the policy's algorithm learns from what the node `reward` says."""
         return bool(self.algo.needs_reward_model(self.data.pairs_share_prompt))
+
+    def needs_rm(self) -> bool:
+        """Whether that is, among others, a reward model's."""
+        return self.asks_reward() and self.reward.rm != 0
 
     def learns_from_pairs(self) -> bool:
         """Whether the policy's algorithm trains on the data's pairs."""
@@ -235,6 +248,8 @@ class RunConfig:
         if self.command == "train-policy":
             counts = self.algo.shared_counts(self.data.pairs_share_prompt)
             shares |= {f"algo.{key}": value for key, value in counts.items()}
+            if self.reward.normalize is Normalize.sft_samples:
+                shares["reward.normalize_samples"] = (self.reward.normalize_samples, 1)
         if self.command == "train-rm" or (
             self.command == "train-policy" and self.rm.path is None and self.needs_rm()
         ):
@@ -249,6 +264,32 @@ class RunConfig:
                     key, value, f"at least the {num_processes} processes{each}, so that each has a share"
                 )
 
+    def _needs_sampler(self) -> bool:
+        """Whether best-of-n samples from an SFT model that no policy and no key names."""
+        return (
+            self.command == "eval"
+            and self.eval.best_of_n > 0
+            and not self.policies
+            and self.reference.path is None
+        )
+
+    def _check_reward(self) -> None:
+        """What a policy is rewarded by is there, and is read."""
+        algo, reward = self.algo.name, self.reward
+        if self.rm.noise and not self.needs_rm():
+            why = "because reward.rm=0" if self.asks_reward() else f"because algo={algo} asks no reward model here"
+            raise bad_value("rm.noise", self.rm.noise, f"0, {why}")
+        if not self.asks_reward():
+            if changed := reward.changed():
+                key, value, default = changed
+                usual = "null" if default is None else default
+                raise bad_value(key, value, f"{usual}, because algo={algo} asks no reward here")
+            return
+        if reward.gold and not self.data.has_gold:
+            raise bad_value("reward.gold", reward.gold, f"0, because data={self.data.name} knows no true reward")
+        if reward.normalize is Normalize.running and (problem := self.algo.running_scale_problem()):
+            raise bad_value("reward.normalize", "running", f"none or sft_samples, because {problem}")
+
     def _check_rows(self) -> None:
         """A source without training rows can only be measured on."""
         if not self.data.evaluation_only:
@@ -258,6 +299,13 @@ class RunConfig:
         if self.rm.path is None and not self.policies:
             raise bad_value(
                 "rm.path", None, f"a reward model to measure: data={self.data.name} has no rows to train one"
+            )
+        if self._needs_sampler() and self.sft.path is None:
+            raise bad_value(
+                "eval.best_of_n",
+                self.eval.best_of_n,
+                "0, or a model to sample from (sft.path or reference.path): "
+                f"data={self.data.name} has no rows to train one",
             )
 
     def _check_lengths(self) -> None:
@@ -283,7 +331,7 @@ class RunConfig:
             self.rm.path is None and (measures_rm or (self.command == "train-policy" and self.needs_rm()))
         )
         trains_sft = self.command == "train-sft" or (
-            self.sft.path is None and (trains_rm or self.command == "train-policy")
+            self.sft.path is None and (trains_rm or self.command == "train-policy" or self._needs_sampler())
         )
         found = [("model", self.model)] if trains_sft else []
         # from a given SFT model it starts unless it is told otherwise
@@ -293,6 +341,8 @@ class RunConfig:
 
     def _check_paths(self) -> None:
         measures_rm = () if self.policies else ("rm",)  # else the one behind the first policy
+        if self._needs_sampler():
+            measures_rm = (*measures_rm, "sft")
         policy = ("sft", "rm") if self.command == "train-policy" and self.needs_rm() else ("sft",)
         needs = {"train-sft": (), "train-rm": ("sft",), "train-policy": policy, "eval": measures_rm}
         for stage in needs[self.command]:

@@ -122,13 +122,30 @@ def encode_completion(
 
     Where the text spells the EOS token out, as some data does at its end, the completion ends there.
     """
-    ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
-    eos_id = tokenizer.eos_token_id
-    if eos_id in ids:
-        ids = ids[: ids.index(eos_id)]
+    return encode_completions(tokenizer, [completion], max_tokens, [append_eos])[0]
+
+
+def encode_completions(
+    tokenizer: PreTrainedTokenizerBase, completions: Sequence[str], max_tokens: int, append_eos: Sequence[bool]
+) -> list[list[int]]:
+    """Ids of N completions, as `encode_completion` has them one by one; many at once are several times faster."""
+    if not completions:
+        return []
+    encoded = tokenizer(list(completions), add_special_tokens=False)["input_ids"]
+    return [
+        ended(tokenizer.eos_token_id, ids, max_tokens, append)
+        for ids, append in zip(encoded, append_eos, strict=True)
+    ]
+
+
+def ended(eos_id: int | None, ids: Sequence[int], max_tokens: int, append_eos: bool) -> list[int]:
+    """The ids up to their first EOS, then one EOS where it is wanted, cut at `max_tokens`."""
+    kept = list(ids)
+    if eos_id in kept:
+        kept = kept[: kept.index(eos_id)]
     if append_eos and eos_id is not None:
-        ids.append(eos_id)
-    return ids[:max_tokens]
+        kept.append(eos_id)
+    return kept[:max_tokens]
 
 
 def encode_examples(

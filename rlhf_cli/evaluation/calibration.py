@@ -1,4 +1,4 @@
-"""Calibration of a reward model's pair probabilities: one temperature, and what is left to see in bins.
+"""Calibration of a reward model's pair probabilities: one temperature.
 
     P(preferred over other) = sigmoid(z / T),   z the model's log-odds of the preferred side
 
@@ -9,35 +9,18 @@ before. The preferred side of every pair being the first, all outcomes here are 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import minimize_scalar
-from scipy.special import expit
 
-from rlhf_cli.evaluation.statistics import (
-    ReliabilityBin,
-    Vector,
-    brier,
-    expected_calibration_error,
-    reliability,
-)
+from rlhf_cli.evaluation.statistics import Vector
 
 # Between these a temperature is looked for: 0.0025 to 403.
 MIN_TEMPERATURE, MAX_TEMPERATURE = math.exp(-6), math.exp(6)
 
 # Of log T.
 _PRECISION = 1e-9
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """How well probabilities agree with outcomes; lower is better in each."""
-
-    nll: float  # nats
-    brier: float
-    ece: float
 
 
 def fit_temperature(log_odds: ArrayLike) -> float:
@@ -90,39 +73,6 @@ def mean_nll(log_odds: ArrayLike, temperature: float = 1.0) -> float:
         temperature: T > 0.
     """
     return float(np.mean(np.logaddexp(0.0, -_log_odds(log_odds) / temperature)))
-
-
-def calibration(log_odds: ArrayLike, temperature: float = 1.0, num_bins: int = 15) -> Calibration:
-    """NLL, Brier score and ECE of sigmoid(z / T); see `rlhf_cli.evaluation.statistics` for the latter two.
-
-    Args:
-        log_odds: z [Q] of the preferred side.
-        temperature: T > 0.
-        num_bins: of the ECE.
-    """
-    p = probability(log_odds, temperature)
-    right = np.ones_like(p)
-    return Calibration(
-        mean_nll(log_odds, temperature), brier(p, right), expected_calibration_error(p, right, num_bins)
-    )
-
-
-def reliability_rows(log_odds: ArrayLike, temperature: float = 1.0, num_bins: int = 15) -> list[ReliabilityBin]:
-    """What a reliability plot shows: the bins behind the ECE, with every pair read in both orders.
-
-    Args:
-        log_odds: z [Q] of the preferred side.
-        temperature: T > 0.
-        num_bins: equal bins of [0, 1]; the empty ones are left out.
-    """
-    p = probability(log_odds, temperature)
-    return reliability(p, np.ones_like(p), num_bins)
-
-
-def probability(log_odds: ArrayLike, temperature: float = 1.0) -> Vector:
-    """sigmoid(z / T) [Q], that the preferred side is preferred."""
-    p: Vector = expit(_log_odds(log_odds) / temperature)
-    return p
 
 
 def _log_odds(values: ArrayLike) -> Vector:

@@ -100,9 +100,8 @@ def measure(
     means: dict[str, Column] = {}
     columns: dict[str, Column] = {}
     if reward_model is not None:
-        finished = [not cut for cut in rollout.truncated.tolist()]
         with precision.autocast():
-            scores = reward_model.score(rollout.prompts, rollout.completions, finished)
+            scores = reward_model.score_rollout(rollout)
         columns["reward/mean"] = _column(scores.reward)
         columns["reward/raw_mean"] = _column(scores.raw)
     if gold is not None:

@@ -6,6 +6,7 @@ pairing by resampling prompts, with the same resamples for every policy and metr
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ _STREAM = 0x626F6F74
 # Entries of the count matrix that are float64 at one time (16 MB), and that are kept as uint16 (64 MB).
 _CHUNK_ENTRIES = 2_000_000
 _KEPT_ENTRIES = 32_000_000
+
+# Resamples of a statistic that takes a call for each.
+_MAX_CALLS = 1000
 
 # Quantile 0.975 of Student's t for 1..30 degrees of freedom: half-widths of a two-sided 95% interval.
 # fmt: off
@@ -147,6 +151,19 @@ class Bootstrap:
         statistic = function(*means)
         return self._interval(float(statistic[0]), statistic[1:])
 
+    def of_rows(self, statistic: Callable[[NDArray[np.int64]], float]) -> Estimate:
+        """Any statistic of the prompts drawn, such as a rank correlation: a call for each resample, so 1000 at most.
+
+        Args:
+            statistic: maps row numbers [n] to a number; NaN leaves a resample out.
+        """
+        rows = np.arange(self.n)
+        value = statistic(rows)
+        if self.n == 1:
+            return self._interval(value, np.empty(0))
+        draws = itertools.islice(itertools.chain.from_iterable(self._counts()), _MAX_CALLS)
+        return self._interval(value, np.array([statistic(np.repeat(rows, c.astype(np.int64))) for c in draws]))
+
     def _interval(self, value: float, resampled: Vector) -> Estimate:
         defined = resampled[~np.isnan(resampled)]
         if self.n == 1 or not len(defined):
@@ -260,8 +277,6 @@ def wilson_interval(successes: float, n: int, level: float = 0.95) -> Estimate:
 class ReliabilityBin:
     """Predictions that fall between two edges: what was predicted, and what came about."""
 
-    lo: float
-    hi: float
     count: int
     probability: float  # mean prediction
     frequency: float  # mean outcome
@@ -283,19 +298,29 @@ def reliability(probability: ArrayLike, outcome: ArrayLike, num_bins: int = 15) 
     if num_bins < 1:
         raise ValueError(f"num_bins={num_bins}: expected at least 1")
     p, o = _pairs(probability, outcome)
-    p, o = np.concatenate([p, 1 - p]), np.concatenate([o, 1 - o])
+    return _binned(np.concatenate([p, 1 - p]), np.concatenate([o, 1 - o]), num_bins)
+
+
+def accuracy_by_confidence(probability: ArrayLike, outcome: ArrayLike, num_bins: int = 15) -> list[ReliabilityBin]:
+    """Confidence max(p, 1 - p) and accuracy of the likelier side, each pair once, in the bins of `reliability`.
+
+    A tie, p = 1/2, is right by one half. Arguments as there; in a bin `probability` is the mean confidence and
+    `frequency` the accuracy. Bins below 1/2 are empty.
+    """
+    if num_bins < 1:
+        raise ValueError(f"num_bins={num_bins}: expected at least 1")
+    p, o = _pairs(probability, outcome)
+    right = np.where(p > 0.5, o, np.where(p < 0.5, 1 - o, 0.5))
+    return _binned(np.maximum(p, 1 - p), right, num_bins)
+
+
+def _binned(p: Vector, o: Vector, num_bins: int) -> list[ReliabilityBin]:
     index = np.minimum((p * num_bins).astype(np.int64), num_bins - 1)
     count = np.bincount(index, minlength=num_bins)
     sum_p = np.bincount(index, weights=p, minlength=num_bins)
     sum_o = np.bincount(index, weights=o, minlength=num_bins)
     return [
-        ReliabilityBin(
-            float(b / num_bins),
-            float((b + 1) / num_bins),
-            int(count[b]),
-            float(sum_p[b] / count[b]),
-            float(sum_o[b] / count[b]),
-        )
+        ReliabilityBin(int(count[b]), float(sum_p[b] / count[b]), float(sum_o[b] / count[b]))
         for b in np.flatnonzero(count)
     ]
 
@@ -308,26 +333,6 @@ def expected_calibration_error(probability: ArrayLike, outcome: ArrayLike, num_b
     bins = reliability(probability, outcome, num_bins)
     total = sum(b.count for b in bins)
     return sum(b.count / total * abs(b.frequency - b.probability) for b in bins)
-
-
-def brier(probability: ArrayLike, outcome: ArrayLike) -> float:
-    """Mean of (p - o)^2 (Brier 1950); symmetrising the pairs does not change it."""
-    p, o = _pairs(probability, outcome)
-    return float(np.mean((p - o) ** 2))
-
-
-def negative_log_likelihood(probability: ArrayLike, outcome: ArrayLike) -> float:
-    """Mean of -o log p - (1 - o) log(1 - p), in nats; infinite where an outcome was given probability 0.
-
-    Symmetrising the pairs does not change it.
-    """
-    p, o = _pairs(probability, outcome)
-    with np.errstate(divide="ignore"):
-        log_p, log_q = np.log(p), np.log1p(-p)
-    # 0 log 0 = 0: what did not happen costs nothing.
-    first = np.multiply(o, log_p, out=np.zeros_like(o), where=o > 0)
-    second = np.multiply(1 - o, log_q, out=np.zeros_like(o), where=o < 1)
-    return float(-np.mean(first + second))
 
 
 def _pairs(probability: ArrayLike, outcome: ArrayLike) -> tuple[Vector, Vector]:

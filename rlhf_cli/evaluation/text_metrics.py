@@ -1,4 +1,4 @@
-"""How varied texts are: distinct-n over several texts, repetition inside one.
+"""How varied texts are: distinct-n over several texts. Repetition inside one is a reward term, too: `rewards`.
 
 Texts are sequences of words or tokens, compared by equality. An n-gram never crosses from one text into the
 next.
@@ -11,17 +11,12 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf_cli.rewards.repetition import ngrams
+
 
 def words(text: str) -> list[str]:
     """The words of a text: what white space separates."""
     return text.split()
-
-
-def ngrams(tokens: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
-    """All n-grams of one text in order, max(0, len(tokens) - n + 1) of them; ValueError for n < 1."""
-    if n < 1:
-        raise ValueError(f"n={n}: expected at least 1")
-    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
 def distinct_n(texts: Sequence[Sequence[Hashable]], n: int) -> float:
@@ -33,15 +28,6 @@ def distinct_n(texts: Sequence[Sequence[Hashable]], n: int) -> float:
     """
     every = [gram for text in texts for gram in ngrams(text, n)]
     return len(set(every)) / len(every) if every else 0.0
-
-
-def repetition_rate(tokens: Sequence[Hashable], n: int) -> float:
-    """Share of the n-grams of one text that have already occurred in it, in [0, 1).
-
-    1 - different / all. A text without any n-gram gives 0: nothing in it repeats.
-    """
-    every = ngrams(tokens, n)
-    return 1 - len(set(every)) / len(every) if every else 0.0
 
 
 def distinct_n_per_prompt(
@@ -66,10 +52,3 @@ def distinct_n_per_prompt(
     texts = [split(completion) for completion in completions]
     starts = range(0, len(texts), samples_per_prompt)
     return np.array([distinct_n(texts[i : i + samples_per_prompt], n) for i in starts], dtype=np.float64)
-
-
-def repetition_rates(
-    completions: Sequence[str], n: int, split: Callable[[str], Sequence[Hashable]] = words
-) -> NDArray[np.float64]:
-    """`repetition_rate` of every completion, float64 [N]."""
-    return np.array([repetition_rate(split(text), n) for text in completions], dtype=np.float64)

@@ -160,7 +160,7 @@ def add_bottleneck(key: str, model: PreTrainedModel, settings: PeftSettings, bas
     if found is None:
         kind = model.config.model_type
         raise bad_value(
-            f"{key}.name", settings.name, f"none or lora for a model of type {kind}, because {_NEEDED}"
+            f"{key}.name", settings.name, f"none, lora or last_layer for a model of type {kind}, because {_NEEDED}"
         )
     form, names = found
     narrow = _plain(model, form, settings.bottleneck)

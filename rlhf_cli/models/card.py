@@ -19,16 +19,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from rlhf_cli.files import write_bytes_atomic
+from rlhf_cli.models.settings import INDEX_FILE
 
 CARD_FILE = "README.md"
 
 _STAGES = {"train-sft": "sft", "train-rm": "reward-model", "train-policy": "policy"}
 _INTRODUCTIONS = {
     "sft": "A language model after supervised fine-tuning.",
-    "reward-model": (
-        "A reward model: a sequence classifier with one label, whose logit is the score of prompt and completion "
-        "together. Its text format and the scale of its scores are in config.json under `rlhf_reward`."
-    ),
     "policy": "A language model trained from preferences: against a reward model, or on pairs.",
 }
 _TASKS = {"sft": "text-generation", "reward-model": "text-classification", "policy": "text-generation"}
@@ -71,9 +68,31 @@ def config_digest(settings: Mapping[str, object]) -> str:
 
 
 def _introduction(card: Card) -> str:
+    if card.stage == "reward-model":
+        return _of_reward_model(card.settings)
     if card.stage == "policy" and card.upstream and "rm" not in card.upstream:
+        if card.settings.get("reward.rm") == 0:
+            return "A language model trained from the reward terms below, without a reward model."
         return "A language model trained on preference pairs, without a reward model."
     return _INTRODUCTIONS[card.stage]
+
+
+def _of_reward_model(settings: Mapping[str, object]) -> str:
+    name = settings.get("rm.name")
+    begins = {
+        "warm": "A reward model whose weights are the mean of several models' weights (WARM): a",
+        "ensemble": f"Several reward models, in folders that {INDEX_FILE} names; their reward is that of their mean "
+        "prediction. Each is a",
+    }.get(str(name), "A reward model: a")
+    labels = "one label, whose logit is the score of prompt and completion together"
+    if "distributional" in (name, settings.get("rm.kind")):
+        grades = settings.get("rm.num_grades")
+        labels = f"{grades} labels, the ordered grades that prompt and completion together may have"
+    where = INDEX_FILE if name == "ensemble" else "config.json"
+    return (
+        f"{begins} sequence classifier with {labels}. How text is read, and how logits become a reward (read-out, "
+        f"temperature, scale), is in {where} under `rlhf_reward`."
+    )
 
 
 def card_text(card: Card) -> str:
@@ -93,7 +112,7 @@ def card_text(card: Card) -> str:
         "## Settings" if card.settings else "",
         _table("key", "value", ((key, card.settings[key]) for key in sorted(card.settings))),
         "## Use",
-        _use(card.stage),
+        _use(card.stage, "member-0" if card.settings.get("rm.name") == "ensemble" else "."),
     ]
     body = "\n\n".join(part for part in parts if part)
     return f"---\n{_metadata(card).to_yaml()}\n---\n\n{body}\n"
@@ -164,14 +183,14 @@ def _facts(card: Card) -> list[str]:
     return facts
 
 
-def _use(stage: str) -> str:
+def _use(stage: str, folder: str) -> str:
     auto = "AutoModelForSequenceClassification" if stage == "reward-model" else "AutoModelForCausalLM"
     return "\n".join(
         [
             "```python",
             f"from transformers import AutoTokenizer, {auto}",
             "",
-            'folder = "."  # of this card',
+            f'folder = "{folder}"  # from the folder of this card',
             f"model, tokenizer = {auto}.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)",
             "```",
         ]

@@ -24,12 +24,9 @@ from transformers import (
 
 from rlhf_cli.errors import RequestError, bad_value
 from rlhf_cli.models.positions import max_positions as max_positions  # importable from here too
-from rlhf_cli.models.settings import ModelSettings
+from rlhf_cli.models.settings import INDEX_FILE, ModelSettings
 from rlhf_cli.models.tokenizer import ensure_pad_token
 from rlhf_cli.models.vocabulary import never_without_token
-
-# Names the members of a folder of several models.
-INDEX_FILE = "ensemble.json"
 
 # Of torch's own allocations on a CPU, in bytes.
 _ALIGNMENT = 64

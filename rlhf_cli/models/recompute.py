@@ -22,7 +22,8 @@ def enable_recomputation(key: str, model: PreTrainedModel) -> None:
     Raises:
         RequestError: this kind of model cannot.
     """
-    # the reentrant form needs inputs with a gradient, which a model with frozen embeddings has not
+    # The reentrant form needs inputs with a gradient, which a model with frozen embeddings has not. transformers gives
+    # them one whatever the form, and the backward pass would then go through all that is frozen below.
     options = {"use_reentrant": False}
     try:
         if hasattr(model, "activation_checkpointing_enable"):  # its name in newer releases of transformers
@@ -31,6 +32,8 @@ def enable_recomputation(key: str, model: PreTrainedModel) -> None:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     except ValueError as error:
         raise RequestError(f"{key}=true: {type(model).__name__} cannot recompute activations ({error})") from error
+    if getattr(model, "_require_grads_hook", None) is not None:
+        model.disable_input_require_grads()
 
 
 @contextmanager

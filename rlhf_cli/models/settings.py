@@ -8,6 +8,9 @@ from typing import Any
 
 from rlhf_cli.errors import bad_choice, bad_value
 
+# Names the members of a folder of several models.
+INDEX_FILE = "ensemble.json"
+
 
 @dataclass
 class LearningRates:
@@ -55,9 +58,9 @@ class ModelSettings:
 
 @dataclass
 class PeftSettings:
-    """Which weights a stage trains: all of them, or those of an adapter."""
+    """Which weights a stage trains: all of them, those of an adapter, or those of the last block and the head."""
 
-    name: str = "none"  # none | lora | adapter
+    name: str = "none"  # none | lora | adapter | last_layer
     r: int = 16  # rank
     alpha: float = 32.0  # the adapter counts alpha / r
     dropout: float = 0.0  # of the adapter's input, in stages that train with dropout (not in policy training)
@@ -76,8 +79,8 @@ class PeftSettings:
 
     def check(self, where: str) -> None:
         """Raises RequestError for impossible values; `where` is the key prefix."""
-        if self.name not in ("none", "lora", "adapter"):
-            raise bad_value(f"{where}.name", self.name, "none, lora or adapter")
+        if self.name not in ("none", "lora", "adapter", "last_layer"):
+            raise bad_value(f"{where}.name", self.name, "none, lora, adapter or last_layer")
         if self.variant not in ("residual", "replace"):
             raise bad_choice(f"{where}.variant", self.variant, ("residual", "replace"))
         if self.bottleneck < 1:

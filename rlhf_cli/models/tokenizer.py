@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -50,3 +51,15 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> bool:
     if has_own_pad_token(tokenizer):
         return False
     return tokenizer.add_special_tokens({"pad_token": PAD_TOKEN}) > 0
+
+
+@lru_cache(maxsize=32)
+def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether ids mean the same to both: one kind of tokenizer, one vocabulary, one set of special tokens."""
+    if one is other:
+        return True
+    return (
+        type(one) is type(other)
+        and one.special_tokens_map == other.special_tokens_map
+        and one.get_vocab() == other.get_vocab()
+    )

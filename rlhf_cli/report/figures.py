@@ -4,15 +4,20 @@ state."""
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_cli.report.common import write_file
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_cli.report.common import Interval, write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Vector = NDArray[np.float64]
 
 # Okabe and Ito's palette for colour-blind readers, without its yellow (too light on white), with a grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
@@ -74,3 +79,14 @@ def new_figure(path: str | Path, size: tuple[float, float], title: str) -> Itera
         # Without this key matplotlib writes its version into the file; it writes no date into a PNG.
         figure.savefig(png, format="png", dpi=_DPI, metadata={"Software": None})
     write_file(path, png.getvalue())
+
+
+def error_lengths(estimates: Sequence[Interval]) -> tuple[Vector, Vector]:
+    """How far the interval reaches below and above each value; 0 without an interval."""
+    return _reach([e.value - e.lo for e in estimates]), _reach([e.hi - e.value for e in estimates])
+
+
+def _reach(lengths: Sequence[float]) -> Vector:
+    # A length is negative where the value of a skewed statistic lies outside its percentile interval.
+    reach = np.array(lengths, dtype=np.float64)
+    return np.where(np.isfinite(reach), np.maximum(reach, 0), 0)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_cli.report.common import Interval, format_number
-from rlhf_cli.report.figures import colour, ink, marker, new_figure
+from rlhf_cli.report.figures import colour, error_lengths, ink, marker, new_figure
 from rlhf_cli.report.labels import label_points, wrap_name
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def reward_bars(
         all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for index, (axes, (label, estimates)) in enumerate(zip(all_axes, panels, strict=True)):
             values = np.array([e.value for e in estimates], dtype=np.float64)
-            below, above = _errors(estimates)
+            below, above = error_lengths(estimates)
             axes.barh(rows, np.nan_to_num(values), height=0.62, color=colour(index), alpha=0.75)
             axes.errorbar(values, rows, xerr=(below, above), fmt="none", ecolor="#222222", elinewidth=1.3)
             axes.axvline(0, color="#666666", linewidth=0.8)
@@ -229,8 +229,8 @@ def _draw_marks(axes: Axes, marks: Sequence[_Mark], name: str) -> None:
     axes.errorbar(
         [mark.kl.value for mark in marks],
         [mark.y.value for mark in marks],
-        xerr=_errors([mark.kl for mark in marks]),
-        yerr=_errors([mark.y for mark in marks]),
+        xerr=error_lengths([mark.kl for mark in marks]),
+        yerr=error_lengths([mark.y for mark in marks]),
         color=colour(marks[0].series),
         marker=marker(marks[0].series),
         markersize=8,
@@ -240,17 +240,6 @@ def _draw_marks(axes: Axes, marks: Sequence[_Mark], name: str) -> None:
         linewidth=0.8,
         label=name,
     )
-
-
-def _errors(estimates: Sequence[Interval]) -> tuple[Vector, Vector]:
-    """How far the interval reaches below and above each value; 0 without an interval."""
-    return _reach([e.value - e.lo for e in estimates]), _reach([e.hi - e.value for e in estimates])
-
-
-def _reach(lengths: Sequence[float]) -> Vector:
-    # A length is negative where the value of a skewed statistic lies outside its percentile interval.
-    reach = np.array(lengths, dtype=np.float64)
-    return np.where(np.isfinite(reach), np.maximum(reach, 0), 0)
 
 
 def _finish_planes(figure: Figure, all_axes: Sequence[Axes], legend: bool) -> None:
@@ -271,8 +260,8 @@ def _label_marks(axes: Axes, marks: Sequence[_Mark]) -> None:
     if not marks:
         return
     xs, ys = [mark.kl.value for mark in marks], [mark.y.value for mark in marks]
-    left, right = _errors([mark.kl for mark in marks])
-    down, up = _errors([mark.y for mark in marks])
+    left, right = error_lengths([mark.kl for mark in marks])
+    down, up = error_lengths([mark.y for mark in marks])
     bars = [np.stack([xs - left, ys, xs + right, ys], axis=1), np.stack([xs, ys - down, xs, ys + up], axis=1)]
     boxes = _pixels(axes, np.concatenate(bars))
     for a, b in itertools.pairwise(marks):

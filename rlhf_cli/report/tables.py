@@ -66,12 +66,14 @@ class WideTable:
     values: Sequence[_Column]
     title: str = ""
     caption: str = ""
+    widest_label: int = _MAX_LABEL
+    label_share: int = 3  # labels take at most this part of the width: a third
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render as one table, or as several below each other."""
         if self.title:
             yield Text(self.title, style="bold")
-        max_label = max(8, min(_MAX_LABEL, options.max_width // 3 - _GAP))
+        max_label = max(8, min(self.widest_label, options.max_width // self.label_share - _GAP))
         for i, part in enumerate(self._parts(options.max_width, max_label)):
             if i:
                 yield Text()
@@ -129,6 +131,40 @@ def policy_table(rows: Sequence[PolicyRow], digits: int = 2, title: str = "Polic
         caption += "; second line: difference to the reference, * where its interval excludes 0"
     names = _Column("policy", [Text(row.name) for row in rows], justify="left")
     return WideTable([names], columns, title, caption)
+
+
+def figure_table(
+    columns: Mapping[str, Mapping[str, Interval]], digits: int = 3, title: str = "", label: str = "figure"
+) -> WideTable:
+    """A row per figure, in the order in which the columns first name them; what a column lacks is a dash.
+
+    Args:
+        columns: title -> figures by name; beside a figure stands n, what it is over.
+        digits: decimals.
+        title: shown above the table.
+        label: what the rows are.
+    """
+    names = list(dict.fromkeys(name for figures in columns.values() for name in figures))
+    values = []
+    for heading, figures in columns.items():
+        texts = _aligned([_figure_numbers(figures.get(name), digits) for name in names])
+        counts = ["n", *(str(figures[name].n) if name in figures else MISSING for name in names)]
+        width = max(len(text) for text in counts)
+        first, *cells = (
+            f"{text}   {count.rjust(width)}"
+            for text, count in zip([heading.rjust(len(texts[0])), *texts], counts, strict=True)
+        )
+        values.append(_Column(first, [Text(cell, justify="left") for cell in cells]))
+    rows = _Column(label, [Text(name) for name in names], justify="left")
+    return WideTable([rows], values, title, "[lo, hi]: 95% interval", widest_label=40, label_share=2)
+
+
+def _figure_numbers(estimate: Interval | None, digits: int) -> tuple[str, str, str]:
+    """As `_numbers`, but a figure without an interval that would be rounded to 0 is written with its power of ten."""
+    value, lo, hi = _numbers(estimate, digits)
+    if estimate is not None and not lo and 0 < abs(estimate.value) < 0.5 * 10**-digits:
+        value = f"{estimate.value:.1e}"
+    return value, lo, hi
 
 
 def _policy_cells(pairs: Sequence[tuple[Interval | None, Interval | None]], digits: int) -> list[Text]:
@@ -251,4 +287,4 @@ def _is_empty(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-__all__ = ["PolicyRow", "WideTable", "format_estimate", "policy_table", "sweep_table", "write_csv"]
+__all__ = ["PolicyRow", "WideTable", "figure_table", "format_estimate", "policy_table", "sweep_table", "write_csv"]

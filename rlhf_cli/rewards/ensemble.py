@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_cli.data.tokenise import TokenPair
 from rlhf_cli.errors import RequestError
 from rlhf_cli.files import write_json_atomic
-from rlhf_cli.models.loading import INDEX_FILE
+from rlhf_cli.models.settings import INDEX_FILE
 from rlhf_cli.rewards.model import (
+    MAX_ROWS,
     RewardFormat,
     RewardModel,
     Scorer,
@@ -27,7 +29,7 @@ from rlhf_cli.rewards.model import (
     logits_of_rows,
     read_format,
 )
-from rlhf_cli.types import Prompt, Scores
+from rlhf_cli.types import Prompt, Rollout, Scores
 
 _FORMAT_KEY = "rlhf_reward"
 
@@ -57,13 +59,16 @@ class EnsembleRewardModel:
         prompts: Sequence[Prompt],
         completions: Sequence[str],
         finished: Sequence[bool] | None = None,
-        batch_size: int = 128,
+        batch_size: int = MAX_ROWS,
     ) -> Scores:
         """Scores completions from their text, by M forward passes; see `RewardModel.score`."""
-        done = [True] * len(prompts) if finished is None else finished
-        rows = [
-            self.format.encode(self.tokenizer, p, c, f) for p, c, f in zip(prompts, completions, done, strict=True)
-        ]
+        return self._of_rows(self.format.encode_all(self.tokenizer, prompts, completions, finished), batch_size)
+
+    def score_rollout(self, rollout: Rollout, batch_size: int = MAX_ROWS) -> Scores:
+        """Scores samples, by M forward passes; see `RewardModel.score_rollout`."""
+        return self._of_rows(self.format.encode_rollout(self.tokenizer, rollout), batch_size)
+
+    def _of_rows(self, rows: Sequence[TokenPair], batch_size: int) -> Scores:
         return self.of_logits([logits_of_rows(one.model, one.tokenizer, rows, batch_size) for one in self.members])
 
     def of_logits(self, logits: Sequence[Tensor]) -> Scores:
@@ -122,7 +127,17 @@ def load_scorer(key: str, path: str, device: torch.device) -> Scorer:
         raise RequestError(
             f"{key}={path}: {INDEX_FILE} cannot be read ({type(error).__name__}: {error})"
         ) from None
-    if not names or len(names) != len(centres) or any(Path(name).name != name for name in names):
+    is_inside = all(name not in ("", "..") and Path(name).name == name for name in names)
+    if not names or len(names) != len(centres) or not is_inside:
         raise RequestError(f"{key}={path}: {INDEX_FILE} does not name its members, or not a centre for each")
     members = [load_reward_model(key, str(Path(path) / name), device) for name in names]
-    return EnsembleRewardModel(members, read_format(key, path, stored), centres, penalty)
+    whole = read_format(key, path, stored)
+    outputs = 1 if whole.grade_loss is None else len(whole.opponent) or max(2, _outputs(members[0]))
+    for name, member in zip(names, members, strict=True):
+        if _outputs(member) != outputs:
+            raise RequestError(f"{key}={path}: {name} has {_outputs(member)} outputs, not {outputs}")
+    return EnsembleRewardModel(members, whole, centres, penalty)
+
+
+def _outputs(member: RewardModel) -> int:
+    return int(member.model.config.num_labels)

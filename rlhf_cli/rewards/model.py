@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,18 +17,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_cli.data.tokenise import TokenPair, collate, encode_completion, encode_prompt
+from rlhf_cli.data.tokenise import TokenPair, collate, encode_completion, encode_completions, encode_prompt, ended
 from rlhf_cli.errors import RequestError
 from rlhf_cli.files import write_json_atomic
 from rlhf_cli.models.adapters import Adapter
 from rlhf_cli.models.loading import load_classifier, save_model
 from rlhf_cli.models.positions import check_length, first_position, max_positions, takes_positions, token_positions
+from rlhf_cli.models.tokenizer import same_tokens
 from rlhf_cli.ops.grades import pair_log_odds, read_out
 from rlhf_cli.ops.masks import last_true
 from rlhf_cli.settings import GradeLoss, ReadOut
-from rlhf_cli.types import Prompt, Scores, Sequences
+from rlhf_cli.types import Prompt, Rollout, Scores, Sequences
 
 CONFIG_KEY = "rlhf_reward"
+
+# Of one forward pass of scoring: no row is followed by a gradient, so that many fit.
+MAX_ROWS = 512
+MAX_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class RewardFormat:
     read_out: str = "mean"  # of a distribution over grades
     std_weight: float = 1.0  # c of read_out=mean_std
     cvar_alpha: float = 0.25  # of read_out=cvar
-    opponent: tuple[float, ...] = ()  # the SFT model's mean distribution over grades, of read_out=win_rate
+    opponent: Sequence[float] = ()  # the SFT model's mean distribution over grades, of read_out=win_rate
     temperature: float = 1.0  # the log-odds of a pair are divided by it; fitted on validation pairs
     mean: float = 0.0  # of the raw score on samples of the SFT model
     std: float = 1.0
@@ -77,13 +82,58 @@ class RewardFormat:
     ) -> TokenPair:
         """Ids of a row, exactly as in training; EOS is appended to finished completions only."""
         return (
-            encode_prompt(
-                tokenizer, prompt, self.max_prompt_tokens, is_predicted=False, is_begun=self.is_one_text
-            ),
+            self.encode_prompt(tokenizer, prompt),
             encode_completion(
                 tokenizer, completion, self.max_completion_tokens, append_eos=self.append_eos and finished
             ),
         )
+
+    def encode_prompt(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+        """Ids of the prompt of a row."""
+        return encode_prompt(
+            tokenizer, prompt, self.max_prompt_tokens, is_predicted=False, is_begun=self.is_one_text
+        )
+
+    def encode_all(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        finished: Sequence[bool] | None = None,
+    ) -> list[TokenPair]:
+        """Ids of N rows, as `encode` has them one by one; a prompt of several rows is encoded once.
+
+        Raises:
+            ValueError: prompts, completions and `finished` are not as many.
+        """
+        done = [True] * len(prompts) if finished is None else finished
+        of_prompt = {prompt: self.encode_prompt(tokenizer, prompt) for prompt in dict.fromkeys(prompts)}
+        append_eos = [self.append_eos and one for one in done]
+        encoded = encode_completions(tokenizer, completions, self.max_completion_tokens, append_eos)
+        return [(of_prompt[prompt], ids) for prompt, ids in zip(prompts, encoded, strict=True)]
+
+    def encode_rollout(self, tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[TokenPair]:
+        """Ids of N samples; those that were sampled, where the policy's tokenizer is this one.
+
+        They are not encoded again then: it takes no time, and ids whose text would be read as others stay what they
+        are (a sampled "fun" "ny", or a first word without its space).
+        """
+        finished = [not cut for cut in rollout.truncated.tolist()]
+        if rollout.tokenizer is None or not same_tokens(rollout.tokenizer, tokenizer):
+            return self.encode_all(tokenizer, rollout.prompts, rollout.completions, finished)
+        of_prompt = {prompt: self.encode_prompt(tokenizer, prompt) for prompt in dict.fromkeys(rollout.prompts)}
+        special = set(tokenizer.all_special_ids)  # not in the text: the stops of a chat model, of which EOS is one
+        rows = []
+        for prompt, sampled, done in zip(rollout.prompts, rollout.completion_ids, finished, strict=True):
+            text_ids = [i for i in sampled if i not in special]
+            append_eos = self.append_eos and done
+            rows.append(
+                (
+                    of_prompt[prompt],
+                    ended(tokenizer.eos_token_id, text_ids, self.max_completion_tokens, append_eos),
+                )
+            )
+        return rows
 
 
 class Scorer(Protocol):
@@ -101,9 +151,13 @@ class Scorer(Protocol):
         prompts: Sequence[Prompt],
         completions: Sequence[str],
         finished: Sequence[bool] | None = None,
-        batch_size: int = 128,
+        batch_size: int = MAX_ROWS,
     ) -> Scores:
         """Scores completions from their text; see `RewardModel.score`."""
+        ...
+
+    def score_rollout(self, rollout: Rollout, batch_size: int = MAX_ROWS) -> Scores:
+        """Scores samples; see `RewardModel.score_rollout`."""
         ...
 
     def log_odds(self, chosen: Scores, rejected: Scores) -> Tensor:
@@ -128,7 +182,7 @@ class RewardModel:
         prompts: Sequence[Prompt],
         completions: Sequence[str],
         finished: Sequence[bool] | None = None,
-        batch_size: int = 128,
+        batch_size: int = MAX_ROWS,
     ) -> Scores:
         """Scores completions from their text.
 
@@ -136,13 +190,18 @@ class RewardModel:
             prompts: N.
             completions: N texts.
             finished: N; False where a completion was cut before its EOS. None = all finished.
-            batch_size: rows per forward pass; rows of similar length go together.
+            batch_size: most rows of a forward pass.
 
         Returns:
             Scores on the CPU, in the order given.
         """
-        done = [True] * len(prompts) if finished is None else finished
-        rows = [self.encode(p, c, f) for p, c, f in zip(prompts, completions, done, strict=True)]
+        return self._of_rows(self.format.encode_all(self.tokenizer, prompts, completions, finished), batch_size)
+
+    def score_rollout(self, rollout: Rollout, batch_size: int = MAX_ROWS) -> Scores:
+        """Scores samples, from the sampled ids where the tokenizers match; a cut one has no EOS to score."""
+        return self._of_rows(self.format.encode_rollout(self.tokenizer, rollout), batch_size)
+
+    def _of_rows(self, rows: Sequence[TokenPair], batch_size: int) -> Scores:
         logits = logits_of_rows(self.model, self.tokenizer, rows, batch_size)
         raw = self.format.raw(logits)
         return Scores(reward=self.format.standardise(raw), raw=raw, logits=logits)
@@ -159,16 +218,42 @@ class RewardModel:
 
 @torch.no_grad()
 def logits_of_rows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[TokenPair], batch_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[TokenPair],
+    batch_size: int = MAX_ROWS,
 ) -> Tensor:
-    """The classifier's outputs for encoded rows, float32 [N, K] on the CPU, in the order given."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-    logits = torch.empty(len(rows), int(model.config.num_labels))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    """The classifier's outputs for encoded rows, float32 [N, K] on the CPU, in the order given.
+
+    Rows are sorted by length, so that few columns are padding, and cut into forward passes of at most `batch_size` rows
+    and MAX_TOKENS tokens, padding included: short rows go through many at a time, long ones few.
+    """
+    logits = torch.empty(len(rows), int(model.config.num_labels or 1))
+    for chosen in token_batches([len(prompt) + len(completion) for prompt, completion in rows], batch_size):
         batch = collate([rows[i] for i in chosen], int(tokenizer.pad_token_id))
         logits[chosen] = score_sequences(model, batch.to(model.device)).float().cpu()
     return logits
+
+
+def token_batches(lengths: Sequence[int], max_rows: int, max_tokens: int = MAX_TOKENS) -> Iterator[list[int]]:
+    """Row numbers of each forward pass, the shortest rows first.
+
+    Args:
+        lengths: N, in tokens.
+        max_rows: of a pass.
+        max_tokens: of a pass, every row padded to its longest; a single row may be longer.
+
+    >>> list(token_batches([9, 2, 3, 2], max_rows=3, max_tokens=9))
+    [[1, 3, 2], [0]]
+    """
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) == max_rows or (len(batch) + 1) * lengths[row] > max_tokens):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def score_sequences(model: PreTrainedModel, sequences: Sequences) -> Tensor:

@@ -91,6 +91,7 @@ def generate(
         truncated=torch.tensor([not done for done in finished]),
         sampled_logprob=torch.cat(logprobs).cpu(),
         samples_per_prompt=k,
+        tokenizer=tokenizer,
     )
 
 

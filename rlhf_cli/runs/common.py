@@ -12,6 +12,7 @@ from rlhf_cli import build
 from rlhf_cli.data.tokenise import count_cuts
 from rlhf_cli.models.adapters import Adapter
 from rlhf_cli.models.card import Card, hub_id, write_card
+from rlhf_cli.models.last_layer import has_tied_head
 from rlhf_cli.models.loading import parameter_counts
 from rlhf_cli.models.recompute import enable_recomputation
 from rlhf_cli.models.settings import PeftSettings
@@ -48,14 +49,18 @@ def prepare(
     base: str | None,
     seed: int,
 ) -> Adapter | None:
-    """Gets the model ready for training with little memory: an adapter, recomputed activations, as configured."""
+    """Gets the model ready for training with little memory: adapter or frozen layers, recomputed activations."""
     adapter = build.adapter(key, peft, model, base, seed)
-    if adapter is None and peft.name != "none":
+    if base is None and peft.name != "none":
         recorder.message(f"{key}={peft.name}: all weights are trained, because the model starts from scratch")
     if adapter is not None and peft.name == "adapter" and peft.variant == "replace":
         recorder.message(
             f"warning: {key}.variant=replace: every MLP is replaced by fresh weights, so training does not start from "
             "the model it is given, which stays a policy's reference"
+        )
+    if base is not None and peft.name == "last_layer" and has_tied_head(model):
+        recorder.message(
+            f"{key}=last_layer: the last block alone is trained, because the output layer is tied to the input"
         )
     if settings.gradient_checkpointing:
         enable_recomputation("gradient_checkpointing", model)
@@ -111,7 +116,7 @@ def train(
 _CARD_KEYS = {
     "train-sft": ("sft.", "model.", "data.", "precision."),
     "train-rm": ("rm.", "data.", "rollout.", "precision."),
-    "train-policy": ("algo.", "kl.", "rm.noise", "peft.", "data.", "rollout.", "precision."),
+    "train-policy": ("algo.", "kl.", "reward.", "rm.noise", "peft.", "data.", "rollout.", "precision."),
 }
 _NOT_ON_CARD = (".path", ".cache_dir", ".micro_batch_size", ".samples_every", ".gradient_checkpointing")
 

@@ -10,13 +10,14 @@ import shutil
 import time
 
 from rlhf_cli import build
+from rlhf_cli.evaluation.reward_models import score_pairs
 from rlhf_cli.files import write_folder_atomic
 from rlhf_cli.models.loading import load_backbone_as_classifier
 from rlhf_cli.rewards.model import load_reward_model
 from rlhf_cli.rewards.settings import MembersRm
 from rlhf_cli.runs.common import write_card_of
 from rlhf_cli.runs.job import Artifact, Job
-from rlhf_cli.runs.reward import KEYS, check_rows, fit_reward_model, probe, scored, training_pairs
+from rlhf_cli.runs.reward import KEYS, check_rows, fit_reward_model, probe, training_pairs
 from rlhf_cli.train.recorder import shared_run
 
 
@@ -70,5 +71,5 @@ def publish_member(job: Job, seed: int, sft: Artifact, member: Artifact) -> None
                 lambda folder: shutil.copytree(member.path, folder, dirs_exist_ok=True), job.folder / "model"
             )
         reward_model = load_reward_model("rm.path", member.path, job.precision.device)
-        found = scored(reward_model, job.data.pairs_validation, job.precision)
+        found = score_pairs(reward_model, job.data.pairs_validation, job.precision)
         recorder.summary({"rm/accuracy": found.accuracy, "loss": found.nll, "time_s": time.perf_counter() - began})

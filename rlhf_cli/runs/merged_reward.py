@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_cli import build
+from rlhf_cli.evaluation.reward_models import score_pairs
 from rlhf_cli.files import write_folder_atomic
 from rlhf_cli.ops.merging import lerp_many
 from rlhf_cli.report.plots import training_curves
 from rlhf_cli.rewards.ensemble import EnsembleRewardModel, save_ensemble
 from rlhf_cli.rewards.model import RewardModel, Scorer, load_reward_model
-from rlhf_cli.rewards.settings import EnsembleRm, MembersRm, Selection, Standardize
-from rlhf_cli.runs.common import write_card_of
+from rlhf_cli.rewards.settings import EnsembleRm, MembersRm, Selection
+from rlhf_cli.runs.common import explained_memory, write_card_of
 from rlhf_cli.runs.job import Artifact, Job
-from rlhf_cli.runs.reward import adjusted, scored, sft_samples
+from rlhf_cli.runs.reward import MEMORY_KEYS, adjusted, say_temperature, sft_samples
 from rlhf_cli.train.recorder import RunRecorder, SilentRecorder, shared_run
 
 _KEYS = ("selection/member", "selection/weight_average", "selection/ensemble")
@@ -49,12 +50,13 @@ def merge_members(job: Job, seed: int, sft: Artifact, members: Sequence[Artifact
         _say_ranking(recorder, ranked)
         _record_prefixes(job, recorder, ranked)
         chosen = _greedy(job, ranked) if rm.selection is Selection.greedy else ranked
-        rollout = sft_samples(job, seed, sft) if rm.standardize is Standardize.sft_samples else None
         scorer = _merged(job, chosen)
-        _, figures = adjusted(job, scorer, rollout)
+        with explained_memory(MEMORY_KEYS):
+            _, figures = adjusted(job, scorer, sft_samples(job, seed, sft))
+        say_temperature(recorder, figures)
         if job.world.is_main:
             write_folder_atomic(lambda folder: _save(scorer, chosen, folder), job.folder / "model")
-        merged = scored(scorer, job.data.pairs_validation, job.precision)
+        merged = score_pairs(scorer, job.data.pairs_validation, job.precision)
         figures |= {
             "loss": merged.nll,
             "rm/accuracy": merged.accuracy,
@@ -66,8 +68,7 @@ def merge_members(job: Job, seed: int, sft: Artifact, members: Sequence[Artifact
         if isinstance(recorder, RunRecorder):
             rows = recorder.run.metrics().rows
             training_curves(recorder.run.plots / "members.png", rows, _KEYS, "Accuracy by number of members")
-        if not isinstance(scorer, EnsembleRewardModel):
-            write_card_of(job, seed, None, upstream, figures)
+        write_card_of(job, seed, build.rm_base(job.config, sft.path), upstream, figures)
 
 
 def averaged(models: Sequence[RewardModel]) -> RewardModel:
@@ -88,7 +89,7 @@ def _ranked(job: Job, members: Sequence[Artifact]) -> list[_Member]:
     for number, member in enumerate(members):
         model = load_reward_model("rm.members", member.path, job.precision.device)
         model.format = build.reward_format(job.config)
-        pairs = scored(model, job.data.pairs_validation, job.precision)
+        pairs = score_pairs(model, job.data.pairs_validation, job.precision)
         found.append(_Member(number, Path(member.path), model, pairs.accuracy, pairs.nll))
     return sorted(found, key=lambda one: (-one.accuracy, one.nll, one.number))
 
@@ -121,7 +122,7 @@ def _greedy(job: Job, ranked: Sequence[_Member]) -> list[_Member]:
 
 
 def _accuracy(job: Job, scorer: Scorer) -> float:
-    return scored(scorer, job.data.pairs_validation, job.precision).accuracy
+    return score_pairs(scorer, job.data.pairs_validation, job.precision).accuracy
 
 
 def _merged(job: Job, members: Sequence[_Member]) -> RewardModel | EnsembleRewardModel:

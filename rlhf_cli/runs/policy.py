@@ -9,11 +9,9 @@ from rlhf_cli.models.critic import SeparateCritic
 from rlhf_cli.models.loading import load_causal_lm
 from rlhf_cli.models.lora import Lora, plain_weights
 from rlhf_cli.models.recompute import enable_recomputation
-from rlhf_cli.rewards.ensemble import load_scorer
-from rlhf_cli.rewards.model import Scorer
-from rlhf_cli.runs.common import prepare, train, write_card_of
+from rlhf_cli.runs.common import explained_memory, prepare, train, write_card_of
 from rlhf_cli.runs.job import Artifact, Job
-from rlhf_cli.runs.scoring import RewardOfRollout, reward_noise
+from rlhf_cli.runs.scoring import PolicyReward, load_reward
 from rlhf_cli.train.anchor import EmaAnchor
 from rlhf_cli.train.policy import PolicyTask
 from rlhf_cli.train.recorder import RunRecorder, SilentRecorder, shared_run
@@ -29,20 +27,27 @@ def shown_keys(job: Job) -> tuple[str, ...]:
     return tuple(key for key in _SHOWN if key != "gold/mean" or job.data.gold is not None)
 
 
-def train_policy(job: Job, seed: int, sft: Artifact, rm: Artifact) -> None:
-    """A policy into job.folder."""
+def train_policy(job: Job, seed: int, sft: Artifact, rm: Artifact | None, judge: Artifact | None = None) -> None:
+    """A policy into job.folder; `rm` and `judge` are None where no term of the reward asks for them."""
     algorithm: OnlineAlgorithm = job.config.algo
     num_steps = algorithm.train.steps
     assert num_steps is not None, "checked with the config"
-    upstream = {"sft": sft, "rm": rm}
+    upstream = upstream_of(sft, rm, judge)
     with shared_run(job.request(job.config.name, seed, num_steps, shown_keys(job), upstream)) as recorder:
         say_problems(job, recorder)
-        reward_model = load_scorer("rm.path", rm.path, job.precision.device)
-        task = policy_task(job, recorder, algorithm, sft, reward_model, seed)
+        with explained_memory(MEMORY_KEYS):
+            reward = load_reward(job, seed, sft, rm, judge)
+        task = policy_task(job, recorder, algorithm, sft, reward, seed, reference=reward.judge)
         summary = train(task, algorithm.train, num_steps, job, recorder, seed, CURVES, MEMORY_KEYS)
         summary["samples_generated"] = summary["samples"]
         recorder.summary(summary)
         write_card_of(job, seed, sft.path, upstream, summary)
+
+
+def upstream_of(sft: Artifact, rm: Artifact | None, judge: Artifact | None) -> dict[str, Artifact]:
+    """The models behind a policy, by what they are to it."""
+    every = {"sft": sft, "rm": rm, "coherence": judge}
+    return {name: artifact for name, artifact in every.items() if artifact is not None}
 
 
 def say_problems(job: Job, recorder: RunRecorder | SilentRecorder) -> None:
@@ -56,7 +61,7 @@ def policy_task(
     recorder: RunRecorder | SilentRecorder,
     algorithm: OnlineAlgorithm,
     sft: Artifact,
-    reward_model: Scorer,
+    reward: PolicyReward,
     seed: int,
     *,
     reference: LanguageModel | None = None,
@@ -70,7 +75,7 @@ def policy_task(
         job, recorder: of the run.
         algorithm: what it learns by.
         sft: the reference, and what training starts from.
-        reward_model: the reward.
+        reward: what it is trained on.
         seed: of data order, sampling noise and adapter.
         reference: the SFT model, where it is loaded already.
         start: folder of other starting weights; then a `reference` has to be given.
@@ -99,7 +104,7 @@ def policy_task(
         reference,
         tokenizer,
         algorithm,
-        RewardOfRollout(reward_model, job.precision, config.rollout.max_rows),
+        reward.total,
         data.gold,
         data.prompts,
         data.prompts_validation[: algorithm.eval_prompts],
@@ -112,6 +117,7 @@ def policy_task(
         kl=config.kl,
         critic=critic,
         anchor=anchor,
-        noise=reward_noise(config.rm, reward_model, seed),
+        noise=reward.noise(config.rm, seed),
+        scaling=reward.scaling(),
         validation_seed=validation_seed,
     )

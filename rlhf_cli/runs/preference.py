@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -24,11 +24,11 @@ from rlhf_cli.errors import RequestError
 from rlhf_cli.files import write_bytes_atomic, write_json_atomic
 from rlhf_cli.models.causal import LanguageModel
 from rlhf_cli.models.loading import load_causal_lm
-from rlhf_cli.rewards.ensemble import load_scorer
 from rlhf_cli.rollout.engine import generate
 from rlhf_cli.runs.common import COUNTED_ROWS, explained_memory, prepare, say_cuts, train, write_card_of
 from rlhf_cli.runs.job import Artifact, Job
-from rlhf_cli.runs.scoring import RewardOfRollout, measured, reward_noise
+from rlhf_cli.runs.policy import upstream_of
+from rlhf_cli.runs.scoring import PolicyReward, SftModel, load_reward, measured
 from rlhf_cli.train.measuring import means
 from rlhf_cli.train.preference import EncodedPair, PreferenceTask, Reference, reference_logprobs
 from rlhf_cli.train.recorder import RunRecorder, SilentRecorder, shared_run
@@ -60,12 +60,12 @@ class _Pairs:
     figures: dict[str, float]  # how they were made, for the summary
 
 
-def train_on_pairs(job: Job, seed: int, sft: Artifact, rm: Artifact | None) -> None:
-    """A policy into job.folder; `rm` ranks on-policy samples, and is None where nothing asks for it."""
+def train_on_pairs(job: Job, seed: int, sft: Artifact, rm: Artifact | None, judge: Artifact | None = None) -> None:
+    """A policy into job.folder; `rm` and `judge` rank on-policy samples, and are None where nothing asks for them."""
     config, data = job.config, job.data
     algo: PreferenceAlgorithm = config.algo
     settings = algo.train
-    upstream = {"sft": sft} if rm is None else {"sft": sft, "rm": rm}
+    upstream = upstream_of(sft, rm, judge)
     keys = ("loss", "dpo/accuracy", "dpo/margin", "eval/loss", "eval/dpo/accuracy")
     num_steps = settings.num_steps(len(data.pairs))  # of on-policy pairs it is known once they are there
     with shared_run(job.request(config.name, seed, num_steps, keys, upstream)) as recorder:
@@ -76,7 +76,12 @@ def train_on_pairs(job: Job, seed: int, sft: Artifact, rm: Artifact | None) -> N
         if config.learns_from_pairs():
             pairs = _pairs_of_data(job, recorder, tokenizer)
         else:
-            pairs = _pairs_on_policy(job, recorder, seed, model, tokenizer, rm)
+            loaded = SftModel(model, tokenizer)
+
+            def make_reward() -> PolicyReward | None:
+                return load_reward(job, seed, sft, rm, judge, loaded) if config.asks_reward() else None
+
+            pairs = _pairs_on_policy(job, recorder, seed, loaded, make_reward)
             num_steps = settings.num_steps(len(pairs.train))
             recorder.expect(num_steps)
         adapter = prepare(recorder, "peft", config.peft, settings, model, sft.path, seed)
@@ -97,20 +102,19 @@ def train_on_pairs(job: Job, seed: int, sft: Artifact, rm: Artifact | None) -> N
         memory_keys = ("algo.train.micro_batch_size",)
         summary = train(task, settings, num_steps, job, recorder, seed, curves, memory_keys)
         del task, model, adapter, off  # the samples are of what was saved: two models at a time are enough
-        summary |= pairs.figures | _figures_of_samples(job, seed, sft, rm)
+        summary |= pairs.figures | _figures_of_samples(job, seed, sft, rm, judge)
         recorder.summary(summary)
         write_card_of(job, seed, sft.path, upstream, summary)
 
 
-def _figures_of_samples(job: Job, seed: int, sft: Artifact, rm: Artifact | None) -> dict[str, float]:
+def _figures_of_samples(
+    job: Job, seed: int, sft: Artifact, rm: Artifact | None, judge: Artifact | None
+) -> dict[str, float]:
     """What other ways of training measure as they go: KL, length, gold reward and, where one was used, reward."""
-    device, reward = job.precision.device, None
-    if rm is not None:
-        reward_model = load_scorer("rm.path", rm.path, device)
-        reward = RewardOfRollout(reward_model, job.precision, job.config.rollout.max_rows)
-    reference, _ = load_causal_lm("sft.path", sft.path, device)
+    loaded = SftModel(*load_causal_lm("sft.path", sft.path, job.precision.device))
     with explained_memory(("rollout.max_rows", "algo.train.micro_batch_size")):
-        return means(measured(job, seed, job.folder / "model", reference, reward))
+        reward = load_reward(job, seed, sft, rm, judge, loaded) if job.config.asks_reward() else None
+        return means(measured(job, seed, job.folder / "model", loaded.model, reward))
 
 
 def _pairs_of_data(job: Job, recorder: RunRecorder | SilentRecorder, tokenizer: PreTrainedTokenizerBase) -> _Pairs:
@@ -140,9 +144,8 @@ def _pairs_on_policy(
     job: Job,
     recorder: RunRecorder | SilentRecorder,
     seed: int,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rm: Artifact | None,
+    sft: SftModel,
+    make_reward: Callable[[], PolicyReward | None],
 ) -> _Pairs:
     """Samples of the SFT model; a run that is resumed reads those it began with."""
     algo: PreferenceAlgorithm = job.config.algo
@@ -154,10 +157,11 @@ def _pairs_on_policy(
     if not job.world.from_main(file.is_file):
         started = time.perf_counter()
         with explained_memory(("rollout.max_rows",)):
+            reward = make_reward()
             rows = [
                 row
                 for split, several in prompts.items()
-                for row in job.world.gather_json(_sampled(job, split, several, seed, model, tokenizer, rm))
+                for row in job.world.gather_json(_sampled(job, split, several, seed, sft, reward))
             ]
         seconds = time.perf_counter() - started
         job.world.from_main(lambda: _keep_pairs(file, rows, seconds))
@@ -170,7 +174,7 @@ def _pairs_on_policy(
     job.world.from_main(lambda: _check_sides(algo, by_split))
 
     def encode(pair: SampledPair) -> EncodedPair:
-        prompt = encode_prompt(tokenizer, pair.prompt, job.data.max_prompt_tokens)
+        prompt = encode_prompt(sft.tokenizer, pair.prompt, job.data.max_prompt_tokens)
         return (prompt, pair.chosen_ids), (prompt, pair.rejected_ids)
 
     return _Pairs(
@@ -207,32 +211,32 @@ def _sampled(
     split: str,
     prompts: Sequence[Prompt],
     seed: int,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rm: Artifact | None,
+    sft: SftModel,
+    reward: PolicyReward | None,
 ) -> list[dict[str, object]]:
     """This process' part of the pairs of a split."""
     algo = job.config.algo
     mine = job.world.share(len(prompts))
-    batch = prompt_batch(tokenizer, prompts[mine], range(len(prompts))[mine], job.data.max_prompt_tokens)
+    batch = prompt_batch(sft.tokenizer, prompts[mine], range(len(prompts))[mine], job.data.max_prompt_tokens)
+    noise = derive_seed(seed, "pairs", split)
     with job.precision.autocast():
-        rollout = generate(model, tokenizer, batch, algo.k, job.sampling, derive_seed(seed, "pairs", split), 0)
-    rewards = _rewards(job, rollout, rm, None if split == "validation" else seed)
+        rollout = generate(sft.model, sft.tokenizer, batch, algo.k, job.sampling, noise, 0)
+    rewards = _rewards(job, rollout, reward, None if split == "validation" else seed)
     return [as_json(pair) for pair in ranked_pairs(split, rollout, rewards)]
 
 
-def _rewards(job: Job, rollout: Rollout, rm: Artifact | None, noise_seed: int | None) -> list[float]:
+def _rewards(job: Job, rollout: Rollout, reward: PolicyReward | None, noise_seed: int | None) -> list[float]:
     """What the samples are ranked by, with `rm.noise` where there is a seed for it."""
     if job.config.algo.labels is Labels.gold:
         assert job.data.gold is not None, "checked with the config"
         texts = zip(rollout.prompts, rollout.completions, strict=True)
         return [job.data.gold(prompt, completion) for prompt, completion in texts]
-    assert rm is not None
-    reward_model = load_scorer("rm.path", rm.path, job.precision.device)
-    reward = RewardOfRollout(reward_model, job.precision, job.config.rollout.max_rows)
-    scores = reward(rollout).reward
-    noise = None if noise_seed is None else reward_noise(job.config.rm, reward_model, noise_seed)
-    return (scores if noise is None else scores + noise(rollout, 0)).tolist()
+    assert reward is not None
+    scores, scaling = reward.total(rollout), reward.scaling()
+    noise = None if noise_seed is None else reward.noise(job.config.rm, noise_seed)
+    if noise is not None:
+        scores = replace(scores, reward=scores.reward + noise(rollout, 0))
+    return (scores if scaling is None else scaling(scores)).reward.tolist()
 
 
 def _reference(

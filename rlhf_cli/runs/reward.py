@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import softplus
 
 from rlhf_cli import build
 from rlhf_cli.data.swaps import with_swaps
 from rlhf_cli.data.tokenise import prompt_batch
-from rlhf_cli.evaluation.calibration import fit_temperature
+from rlhf_cli.evaluation.calibration import fit_temperature, temperature_note
+from rlhf_cli.evaluation.reward_models import score_pairs
 from rlhf_cli.models.dropout import set_dropout
 from rlhf_cli.models.loading import load_causal_lm
 from rlhf_cli.ops.grades import sum_probabilities
-from rlhf_cli.ops.preference_losses import wins
 from rlhf_cli.rewards.ensemble import EnsembleRewardModel
 from rlhf_cli.rewards.model import RewardModel, Scorer, load_reward_model, store_format
 from rlhf_cli.rewards.settings import Grades, Margins, RmConfig, Standardize
 from rlhf_cli.rollout.engine import generate
-from rlhf_cli.runs.common import COUNTED_ROWS, prepare, say_cuts, train, write_card_of
+from rlhf_cli.runs.common import COUNTED_ROWS, explained_memory, prepare, say_cuts, train, write_card_of
 from rlhf_cli.runs.job import Artifact, Job
 from rlhf_cli.runs.scoring import RewardOfRollout
 from rlhf_cli.settings import ReadOut
-from rlhf_cli.train.precision import Precision
 from rlhf_cli.train.probing import probe_head
 from rlhf_cli.train.recorder import RunRecorder, SilentRecorder, shared_run
 from rlhf_cli.train.reward import RewardLoss, RewardTask, encode
@@ -36,6 +33,9 @@ from rlhf_cli.train.seeding import derive_seed
 from rlhf_cli.types import Example, Preference, Rollout
 
 KEYS = ("loss", "rm/accuracy", "eval/loss", "eval/rm/accuracy")
+
+# What needs less memory where rewards are standardised.
+MEMORY_KEYS = ("rollout.max_rows",)
 
 # What a finished run may hold: the selected weights, and the others.
 _MODELS = ("model", "model_best", "model_last")
@@ -53,7 +53,7 @@ def train_rm(job: Job, seed: int, sft: Artifact) -> None:
             probe(job, recorder, seed, reward_model, pairs)
         base = build.rm_base(config, sft.path)
         extra = fit_reward_model(job, recorder, seed, reward_model, pairs, base)
-        extra |= finished(job, seed, sft)
+        extra |= finished(job, recorder, seed, sft)
         recorder.summary(extra)
         write_card_of(job, seed, base, {"sft": sft}, extra)
 
@@ -140,22 +140,30 @@ def _memorised(job: Job, pairs: Sequence[Preference]) -> dict[str, float]:
         return {}
     reward_model = load_reward_model("rm.path", str(job.folder / "model"), job.precision.device)
     return {
-        f"rm/train_{name}/accuracy": scored(reward_model, rows, job.precision).accuracy
+        f"rm/train_{name}/accuracy": score_pairs(reward_model, rows, job.precision).accuracy
         for name, rows in parts.items()
         if rows
     }
 
 
-def finished(job: Job, seed: int, sft: Artifact) -> dict[str, float]:
+def finished(job: Job, recorder: RunRecorder | SilentRecorder, seed: int, sft: Artifact) -> dict[str, float]:
     """Fits temperature and scale of every model of the run and stores them with it; the figures of model/."""
-    rm: RmConfig = job.config.rm
-    rollout = sft_samples(job, seed, sft) if rm.standardize is Standardize.sft_samples else None
     found: dict[str, float] = {}
-    for name in reversed(_MODELS):
-        folder = job.folder / name
-        if job.world.from_main(folder.is_dir):
-            found = _finish(job, folder, rollout)
+    with explained_memory(MEMORY_KEYS):
+        rollout = sft_samples(job, seed, sft)
+        for name in reversed(_MODELS):
+            folder = job.folder / name
+            if job.world.from_main(folder.is_dir):
+                found = _finish(job, folder, rollout)
+    say_temperature(recorder, found)
     return found
+
+
+def say_temperature(recorder: RunRecorder | SilentRecorder, figures: Mapping[str, float]) -> None:
+    """Tells where there was nothing to fit."""
+    note = temperature_note(figures["rm/temperature"]) if "rm/temperature" in figures else None
+    if note is not None:
+        recorder.message(f"warning: {note}")
 
 
 def _finish(job: Job, folder: Path, rollout: Rollout | None) -> dict[str, float]:
@@ -178,8 +186,8 @@ def adjusted(job: Job, scorer: Scorer, rollout: Rollout | None) -> tuple[dict[st
     changes: dict[str, Any] = {}
     figures: dict[str, float] = {}
     if rm.calibrate:
-        log_odds = scored(scorer, job.data.pairs_validation, job.precision).log_odds
-        changes["temperature"] = figures["rm/temperature"] = fit_temperature(log_odds.double().numpy())
+        log_odds = score_pairs(scorer, job.data.pairs_validation, job.precision).log_odds
+        changes["temperature"] = figures["rm/temperature"] = fit_temperature(log_odds)
     if rollout is not None:
         reward = RewardOfRollout(scorer, job.precision, job.config.rollout.max_rows)
         if scorer.format.read_out == ReadOut.win_rate.value and scorer.format.grade_loss is not None:
@@ -202,35 +210,10 @@ def _mean_raw(job: Job, scorer: Scorer, rollout: Rollout) -> float:
     return float(job.world.gather(reward(rollout).raw).double().mean())
 
 
-@dataclass(frozen=True)
-class ScoredPairs:
-    """What a reward model says of Q pairs."""
-
-    margin: Tensor  # float32 [Q], raw
-    log_odds: Tensor  # float32 [Q], before the temperature
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the pairs whose preferred side has the higher reward; a tie counts one half."""
-        return float(wins(self.margin)) / len(self.margin)
-
-    @property
-    def nll(self) -> float:
-        """Mean of -log P(preferred side is preferred), nats."""
-        return float(softplus(-self.log_odds.double()).mean())
-
-
-def scored(scorer: Scorer, pairs: Sequence[Preference], precision: Precision) -> ScoredPairs:
-    """Scores both sides of every pair."""
-    prompts = [pair.prompt for pair in pairs]
-    with precision.autocast():
-        chosen = scorer.score(prompts, [pair.chosen for pair in pairs])
-        rejected = scorer.score(prompts, [pair.rejected for pair in pairs])
-    return ScoredPairs(chosen.raw - rejected.raw, scorer.log_odds(chosen, rejected))
-
-
-def sft_samples(job: Job, seed: int, sft: Artifact) -> Rollout:
-    """This process' share of samples of the SFT model, one for each prompt."""
+def sft_samples(job: Job, seed: int, sft: Artifact) -> Rollout | None:
+    """This process' share of samples of the SFT model, one for each prompt; None where no reward is standardised."""
+    if job.config.rm.standardize is not Standardize.sft_samples:
+        return None
     policy, tokenizer = load_causal_lm("sft.path", sft.path, job.precision.device)
     prompts = job.data.prompts[: job.config.rm.standardize_samples]
     mine = job.world.share(len(prompts))

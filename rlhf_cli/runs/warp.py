@@ -30,16 +30,14 @@ from rlhf_cli.models.causal import LanguageModel
 from rlhf_cli.models.loading import load_causal_lm, parameter_counts, save_model
 from rlhf_cli.ops.merging import angles, interpolate, lerp_many, slerp_many, task_vector_norms
 from rlhf_cli.report.plots import FrontPoint, reward_vs_kl, training_curves
-from rlhf_cli.rewards.ensemble import load_scorer
-from rlhf_cli.rewards.model import Scorer
 from rlhf_cli.runs.common import explained_memory, write_card_of
 from rlhf_cli.runs.job import Artifact, Job
-from rlhf_cli.runs.policy import CURVES, MEMORY_KEYS, policy_task, say_problems, shown_keys
-from rlhf_cli.runs.scoring import RewardOfRollout, measured
+from rlhf_cli.runs.policy import CURVES, MEMORY_KEYS, policy_task, say_problems, shown_keys, upstream_of
+from rlhf_cli.runs.scoring import PolicyReward, SftModel, load_reward, measured
 from rlhf_cli.train.checkpoint import Checkpoints, Durable
 from rlhf_cli.train.distributed import stop_if_asked
 from rlhf_cli.train.loop import fit
-from rlhf_cli.train.measuring import METRICS
+from rlhf_cli.train.measuring import metric_of
 from rlhf_cli.train.parts import PartRecorder, PartResult, finished, mark_finished, steps_done
 from rlhf_cli.train.policy import PolicyTask
 from rlhf_cli.train.recorder import RunRecorder, SilentRecorder, shared_run
@@ -57,7 +55,7 @@ class _Run:
     seed: int
     sft: Artifact
     reference: LanguageModel
-    reward_model: Scorer
+    reward: PolicyReward
     recorder: RunRecorder | SilentRecorder
 
     def task(self, start: str, seed: int, mu: float | None) -> PolicyTask:
@@ -67,7 +65,7 @@ class _Run:
             self.recorder,
             self.algorithm.member(),
             self.sft,
-            self.reward_model,
+            self.reward,
             seed,
             reference=self.reference,
             start=start,
@@ -76,10 +74,10 @@ class _Run:
         )
 
 
-def train_warp(job: Job, seed: int, sft: Artifact, rm: Artifact) -> None:
-    """A policy into job.folder."""
+def train_warp(job: Job, seed: int, sft: Artifact, rm: Artifact | None, judge: Artifact | None = None) -> None:
+    """A policy into job.folder; `rm` and `judge` are None where no term of the reward asks for them."""
     algorithm: Warp = job.config.algo
-    upstream = {"sft": sft, "rm": rm}
+    upstream = upstream_of(sft, rm, judge)
     folders = [folder for _, _, folder in _places(job.folder, algorithm)]
 
     def done() -> int:
@@ -88,9 +86,9 @@ def train_warp(job: Job, seed: int, sft: Artifact, rm: Artifact) -> None:
     request = job.request(job.config.name, seed, algorithm.num_steps, shown_keys(job), upstream, done)
     with shared_run(request) as recorder, recorder.durable.stop.listening(), explained_memory(MEMORY_KEYS):
         say_problems(job, recorder)
-        reward_model = load_scorer("rm.path", rm.path, job.precision.device)
-        reference, _ = load_causal_lm("sft.path", sft.path, job.precision.device)
-        run = _Run(job, algorithm, seed, sft, reference, reward_model, recorder)
+        loaded = SftModel(*load_causal_lm("sft.path", sft.path, job.precision.device))
+        reward = load_reward(job, seed, sft, rm, judge, loaded)
+        run = _Run(job, algorithm, seed, sft, loaded.model, reward, recorder)
         results, merges = _iterations(run)
         front = _front(run, _iteration(job.folder, algorithm.I) / "merged")
         summary = _summary(run, results, merges, front)
@@ -289,11 +287,13 @@ def _point(folder: Path, eta: float) -> Path:
 
 
 def _measured(run: _Run, path: Path) -> dict[str, Estimate]:
-    """Figures of a model on the validation prompts, with their intervals over prompts."""
-    reward = RewardOfRollout(run.reward_model, run.job.precision, run.job.config.rollout.max_rows)
-    columns = measured(run.job, run.seed, path, run.reference, reward)
+    """Figures of a model on the validation prompts, with their intervals over prompts.
+
+    A running scale is each member's own: what is merged has none, and its reward is the sum before it.
+    """
+    columns = measured(run.job, run.seed, path, run.reference, run.reward)
     bootstrap = Bootstrap(len(columns["reward"]), seed=run.seed)
-    return {METRICS[name]: bootstrap.mean(column.numpy()) for name, column in columns.items()}
+    return {metric_of(name): bootstrap.mean(column.numpy()) for name, column in columns.items()}
 
 
 def _flat(figures: Mapping[str, Estimate]) -> dict[str, float]:

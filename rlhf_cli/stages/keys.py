@@ -16,8 +16,8 @@ from typing import Any
 
 from rlhf_cli.build import rm_base, starts_from_sft
 from rlhf_cli.data.dataset import rows_digest
-from rlhf_cli.models.loading import INDEX_FILE, resolve_path
-from rlhf_cli.models.settings import ModelSettings, PeftSettings
+from rlhf_cli.models.loading import resolve_path
+from rlhf_cli.models.settings import INDEX_FILE, ModelSettings, PeftSettings
 from rlhf_cli.rewards.settings import DistributionalRm, EnsembleRm, Grades, Margins, RmConfig, Standardize
 from rlhf_cli.runs.job import Artifact, Job
 from rlhf_cli.settings import ReadOut, TrainSettings

@@ -85,7 +85,14 @@ def resolve_members(job: Job, sft: Artifact, say: Say) -> list[Artifact]:
 
 
 def _train_member(job: Job, member: RmConfig, start: Artifact, snapshot: Artifact | None, folder: Path) -> None:
-    own = replace(job, config=replace(job.config, rm=member))
+    told = {
+        "rm.name": member.name,
+        "rm.dropout": member.dropout,
+        "rm.train.lr": member.train.lr,
+        "rm.standardize": member.standardize.value,
+        "rm.calibrate": member.calibrate,
+    }
+    own = replace(job, config=replace(job.config, rm=member), flat={**job.flat, **told})
     train_member(_stage_job(own, folder, "train-rm"), member.seed, start, snapshot)
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_cli.data.dataset import GoldReward
 from rlhf_cli.data.tokenise import prompt_batch
 from rlhf_cli.models.causal import LanguageModel, full_kls
+from rlhf_cli.rewards.terms import gold_rewards
 from rlhf_cli.rollout.engine import Sampling, generate
 from rlhf_cli.train.distributed import World
 from rlhf_cli.train.precision import Precision
@@ -42,7 +43,8 @@ def measure(
 ) -> dict[str, Tensor]:
     """One sample for each prompt, in shares of the processes: figures by name, float32 [prompts], on the CPU.
 
-    Full KL to the reference (nats), length, whether it was cut and, where they are given, reward and gold reward.
+    Full KL to the reference (nats), length, whether it was cut and, where they are given, gold reward and reward with
+    its parts.
     """
     mine = world.share(len(held_out.prompts))
     index = range(len(held_out.prompts))[mine]
@@ -52,7 +54,8 @@ def measure(
         kl = full_kls(policy, reference, rollout.sequences, held_out.sampling.temperature, micro_batch_size)
     columns = {"kl": kl, **lengths(rollout)}
     if reward is not None:
-        columns["reward"] = reward(rollout).reward
+        scores = reward(rollout)
+        columns |= {"reward": scores.reward, **parts_of_reward(scores)}
     if gold is not None:
         columns["gold"] = gold_rewards(gold, rollout)
     return of_all(columns, world)
@@ -60,12 +63,17 @@ def measure(
 
 _LENGTHS = {"length": "length/mean", "truncated": "length/truncated_frac"}
 # What a figure's mean is called among the metrics.
-METRICS = {"reward": "reward/mean", "gold": "gold/mean", "kl": "kl/full", **_LENGTHS}
+_METRICS = {"reward": "reward/mean", "gold": "gold/mean", "kl": "kl/full", **_LENGTHS}
 
 
 def means(columns: Mapping[str, Tensor]) -> dict[str, float]:
     """Metrics of a run: the mean of each figure."""
-    return {METRICS[name]: float(column.mean()) for name, column in columns.items()}
+    return {metric_of(name): float(column.mean()) for name, column in columns.items()}
+
+
+def metric_of(name: str) -> str:
+    """What the mean of a figure of `measure` is called; those of a reward's parts have their metric's name."""
+    return _METRICS.get(name, name)
 
 
 def length_metrics(columns: Mapping[str, Tensor]) -> dict[str, float]:
@@ -79,10 +87,14 @@ def lengths(rollout: Rollout, rows: slice = slice(None)) -> dict[str, Tensor]:
     return {"length": tokens, "truncated": rollout.truncated[rows].float()}
 
 
-def gold_rewards(gold: GoldReward, rollout: Rollout) -> Tensor:
-    """The true reward of each row, float32 [N]."""
-    pairs = zip(rollout.prompts, rollout.completions, strict=True)
-    return torch.tensor([gold(prompt, completion) for prompt, completion in pairs])
+def parts_of_reward(scores: Scores, rows: slice = slice(None)) -> dict[str, Tensor]:
+    """What there is to tell of a reward beside itself, by metric, float32 [n]: terms, disagreement, clip."""
+    parts = {f"reward/{name}": term[rows] for name, term in scores.terms.items()}
+    if scores.disagreement is not None:
+        parts["reward/disagreement"] = scores.disagreement[rows]
+    if scores.clipped is not None:
+        parts["reward/clipped"] = scores.clipped[rows]
+    return parts
 
 
 def of_all(columns: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:

@@ -24,12 +24,14 @@ from rlhf_cli.ops.gae import token_rewards
 from rlhf_cli.ops.kl import k1, kl_loss, shaped_reward
 from rlhf_cli.ops.logprobs import TokenLogprobs, joined
 from rlhf_cli.ops.policy_losses import sequence_ratio
+from rlhf_cli.rewards.scaling import RewardScaling
+from rlhf_cli.rewards.terms import gold_rewards
 from rlhf_cli.rollout.engine import Sampling, generate
 from rlhf_cli.settings import KlPlacement, KlSettings
 from rlhf_cli.train.anchor import EmaAnchor
 from rlhf_cli.train.distributed import ALONE, World
 from rlhf_cli.train.loop import Evaluation, StepBatch, Task
-from rlhf_cli.train.measuring import HeldOut, gold_rewards, length_metrics, lengths, means, measure, of_all
+from rlhf_cli.train.measuring import HeldOut, length_metrics, lengths, means, measure, of_all, parts_of_reward
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.train.reward_noise import RewardNoise
 from rlhf_cli.train.run_folder import plain_prompt
@@ -91,12 +93,15 @@ class PolicyTask(Task):
         critic: Critic | None = None,
         anchor: EmaAnchor | None = None,
         noise: RewardNoise | None = None,
+        scaling: RewardScaling | None = None,
         validation_seed: int | None = None,
     ) -> None:
         """Where an argument does not say it.
 
         Args:
             anchor: what the KL acts towards, where that is not the reference, which figures are still measured to.
+            noise: on the rewards of training samples, before `scaling`.
+            scaling: of every reward; its own, because a running one has a state.
             validation_seed: of the evaluations' noise, where several runs are compared; None = from `seed`.
         """
         self.policy = model.eval()
@@ -120,6 +125,7 @@ class PolicyTask(Task):
         self.critic = critic
         self.anchor = anchor
         self.noise = noise
+        self.scaling = scaling
         seed_of_noise = derive_seed(seed, "validation") if validation_seed is None else validation_seed
         self.held_out = HeldOut(validation_prompts, max_prompt_tokens, sampling, seed_of_noise)
         self.micro_batch_size = self.settings.micro_batch_size or self.settings.batch_size
@@ -174,7 +180,7 @@ class PolicyTask(Task):
             self.policy,
             self.reference,
             self.tokenizer,
-            self.reward,
+            self._held_out_reward,
             self.gold,
             self.held_out,
             self.micro_batch_size,
@@ -189,14 +195,24 @@ class PolicyTask(Task):
         save_trained(self.policy, self.tokenizer, folder, self.adapter)
 
     def state(self) -> Mapping[str, Any] | None:
-        """The baseline; None while a rollout still has steps to serve."""
+        """The baseline and a running scale; None while a rollout still has steps to serve."""
         if self._steps_left:
             return None
-        return {"baseline": asdict(self.baseline)}
+        state: dict[str, Any] = {"baseline": asdict(self.baseline)}
+        if self.scaling is not None and (scale := self.scaling.state()):
+            state["reward_scale"] = scale
+        return state
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Takes up a `state`."""
         self.baseline = BaselineState(**state["baseline"])
+        if self.scaling is not None and "reward_scale" in state:
+            self.scaling.restore(state["reward_scale"])
+
+    def _held_out_reward(self, rollout: Rollout) -> Scores:
+        """On the scale that training has come to, which this does not move."""
+        scores = self.reward(rollout)
+        return scores if self.scaling is None else self.scaling(scores)
 
     def _prepare(self, number: int) -> list[_Prepared]:
         """Samples rollout `number`, scores it and cuts it into optimizer batches with their advantages."""
@@ -221,6 +237,9 @@ class PolicyTask(Task):
         scores = self.reward(rollout)
         if self.noise is not None:
             scores = replace(scores, reward=scores.reward + self.noise(rollout, number))
+        if self.scaling is not None:
+            self.scaling.see(self.world.gather(scores.reward))
+            scores = self.scaling(scores)
         gold = None if self.gold is None else gold_rewards(self.gold, rollout)
         scored = time.perf_counter()
         timing = dict(zip(_ROLLOUT_TIMES, (sampled - started, scored - sampled), strict=True))
@@ -248,6 +267,7 @@ class PolicyTask(Task):
             "entropy": policy.mean_entropy(),
             "mismatch": (rollout.sampled_logprob[rows] - old.cpu()).abs(),
             **lengths(rollout, rows),
+            **parts_of_reward(scores, rows),
         }
         if self.anchor is not None:
             columns["kl_anchor"] = k1(old, anchor_logprob)
@@ -278,6 +298,8 @@ class PolicyTask(Task):
             "entropy": float(columns["entropy"].mean()),
             "rollout/logprob_mismatch": float(columns["mismatch"].mean()),
             **length_metrics(columns),
+            **{name: float(columns[name].mean()) for name in parts_of_reward(scores, rows)},
+            **({} if self.scaling is None else self.scaling.metrics()),
             **result.metrics,
             **timing,
         }
@@ -366,5 +388,7 @@ def _sample_rows(
         }
         if gold is not None:
             row["gold"] = float(gold[i])
+        if scores.terms:
+            row["terms"] = {name: float(term[i]) for name, term in scores.terms.items()}
         result.append(row)
     return result

@@ -23,7 +23,7 @@ def probe_head(task: RewardTask, num_steps: int, lr: float, world: World = ALONE
     """Trains the head alone by AdamW, dropout off; returns the accuracy on the validation pairs.
 
     Args:
-        task: batches and loss; its model is left with every weight trainable, as it was.
+        task: batches and loss, dropout off from now on; its model is left with every weight trainable that was so.
         num_steps: optimizer steps.
         lr: falls linearly to 0.
         world: the processes that train together.
@@ -36,9 +36,9 @@ def probe_head(task: RewardTask, num_steps: int, lr: float, world: World = ALONE
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(head, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / num_steps)
+    task.with_dropout = False
     for step in range(num_steps):
         batch = task.batch(step)
-        model.eval()  # the batch has switched dropout on
         normaliser = world.sum([batch.normaliser])[0]
         optimizer.zero_grad(set_to_none=True)
         for micro_batch in batch.micro_batches:

@@ -72,11 +72,12 @@ class RewardTask(Task):
         self.of = loss
         self.world = world
         self.adapter = adapter
+        self.with_dropout = True
         self._marginal: torch.Tensor | None = None  # [K], of the step's two completions of every pair
 
     def batch(self, step: int) -> StepBatch:
         """This process' pairs of a step, as a function of the step alone."""
-        self.model.train()
+        self.model.train(self.with_dropout)
         size = self.settings.batch_size
         mine = self.world.share(size)
         epochs, places = batch_places(self.seed, step, size, len(self.pairs))

@@ -29,6 +29,7 @@ Status = Literal["running", "finished", "failed", "interrupted"]
 Number = int | float | None
 
 _SAMPLE_KEYS = ("prompt", "completion", "reward", "kl", "length", "step")
+_OPTIONAL = ("gold", "terms")
 
 
 @dataclass(frozen=True)
@@ -282,11 +283,19 @@ def finite(value: object) -> Number:
 
 
 def _sample(row: Mapping[str, object]) -> dict[str, object]:
-    unknown = set(row) - {*_SAMPLE_KEYS, "gold"}
+    unknown = set(row) - {*_SAMPLE_KEYS, *_OPTIONAL}
     assert not unknown, f"not keys of a sample: {sorted(unknown)}"
-    convert: dict[str, Callable[[Any], object]] = {"prompt": plain_prompt, "completion": str}
-    keys = [*_SAMPLE_KEYS, *(["gold"] if "gold" in row else [])]
+    convert: dict[str, Callable[[Any], object]] = {
+        "prompt": plain_prompt,
+        "completion": str,
+        "terms": _finite_values,
+    }
+    keys = [*_SAMPLE_KEYS, *(key for key in _OPTIONAL if key in row)]
     return {key: convert.get(key, finite)(row[key]) for key in keys}
+
+
+def _finite_values(terms: Mapping[str, object]) -> dict[str, object]:
+    return {name: finite(value) for name, value in terms.items()}
 
 
 def plain_prompt(prompt: object) -> str | list[dict[str, str]]:

@@ -353,12 +353,20 @@ def _cell(key: str, value: object) -> str | float | None:
     """A sample's value for a table or a text; the turns of a chat on a line each."""
     if key == "completion":
         return str(value)
+    if key == "terms":
+        assert isinstance(value, Mapping)
+        return ", ".join(f"{name} {_figure(number)}" for name, number in value.items())
     if key != "prompt":
         return finite(value)
     prompt = plain_prompt(value)
     return (
         prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
     )
+
+
+def _figure(value: object) -> str:
+    number = finite(value)
+    return "null" if number is None else f"{number:.4g}"
 
 
 def _verbatim(text: str) -> str:

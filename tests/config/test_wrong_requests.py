@@ -133,9 +133,31 @@ WRONG: dict[str, tuple[str, list[str], list[str]]] = {
     "heads that do not divide": (P, ["model.hidden_size=100"], ["model.hidden_size=100", "num_heads=4"]),
     "a share above one": (P, ["data.swap_rate=1.5"], ["data.swap_rate=1.5"]),
     "fp16 on a CPU": (P, ["precision=fp16", "device=cpu"], ["precision=fp16", "fp32", "bf16"]),
+    "a negative best of n": ("eval", ["eval.best_of_n=-1"], ["eval.best_of_n=-1", "0 for none"]),
+    "as many samples as the best is of": (
+        "eval",
+        ["eval.best_of_n=64"],
+        ["eval.best_of_samples=64", "more than eval.best_of_n=64"],
+    ),
+    "no samples for the best of n": ("eval", ["eval.best_of_samples=0"], ["eval.best_of_samples=0", ">= 1"]),
+    "best of n of a model that has no rows": (
+        "eval",
+        ["data=rewardbench", "model.max_positions=1024", "rm.path=org/model", "eval.best_of_n=4"],
+        ["eval.best_of_n=4", "sft.path or reference.path", "data=rewardbench"],
+    ),
+    "best of n of a model that is too short": (
+        "eval",
+        ["rm.path=org/model", "eval.best_of_n=4", "model.max_positions=64"],
+        ["model.max_positions=64", "at least"],
+    ),
+    "best of n without a model to sample from": (
+        "eval",
+        ["stages.auto=false", "rm.path=org/model", "eval.best_of_n=4"],
+        ["sft.path=null", "stages.auto=false"],
+    ),
     "temperature zero": ("eval", ["eval.temperature=0"], ["eval.temperature=0", "> 0"]),
     "no threads": (P, ["threads=0"], ["threads=0", ">= 1"]),
-    "another adapter": (P, ["peft.name=prefix"], ["peft.name=prefix", "none, lora or adapter"]),
+    "another adapter": (P, ["peft.name=prefix"], ["peft.name=prefix", "none, lora, adapter or last_layer"]),
     "no rank": (P, ["peft=lora", "peft.r=0"], ["peft.r=0", ">= 1"]),
     "an adapter's variant": (
         P,

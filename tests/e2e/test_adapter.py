@@ -84,4 +84,4 @@ def test_a_model_without_such_blocks_is_one_line(
     other = ["model@rm.model=distilbert", f"rm.model.path={tmp_path / 'bert'}", f"run_dir={tmp_path / 'run'}"]
     assert launch("train-rm", [*line, *other]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "rm.peft.name=adapter: expected none or lora for a model of type distilbert" in last
+    assert "rm.peft.name=adapter: expected none, lora or last_layer for a model of type distilbert" in last

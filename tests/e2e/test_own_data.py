@@ -73,7 +73,7 @@ def test_published_columns_from_files(place: Path):
             "prompt": f"Name {number}.",
             "chosen": "It is red.",
             "rejected": "No.",
-            "subset": ("easy", "hard")[number % 2],
+            "subset": ("easy", "hard", "llmbar-natural")[number % 3],
         }
         for number in range(12)
     ]
@@ -87,13 +87,13 @@ def test_published_columns_from_files(place: Path):
     shared = ["experiment=smoke", *caps, "data.validation_fraction=0.3", "stages.cache_dir=own"]
     done = ok(["train-rm", "data=hh-rlhf", "data.path=hh.jsonl", *shared, "run_dir=hh-rm"], place)
     assert "data=hh-rlhf: 60 rows -> 60 pairs (" in done.err
-    ok(
-        ["eval", "data=rewardbench", "data.path=bench.jsonl", *shared, "rm.path=hh-rm", "run_dir=bench-eval"],
-        place,
-    )
+    measure = ["eval", "data=rewardbench", "data.path=bench.jsonl", *shared, "rm.path=hh-rm"]
+    done = ok([*measure, "run_dir=bench-eval"], place)
     summary = content(place / "bench-eval" / "summary.json")
-    accuracy = [summary[f"rm/accuracy{subset}"] for subset in ("", "/easy", "/hard")]
-    assert accuracy[0] == (accuracy[1] + accuracy[2]) / 2
+    accuracy = [summary[f"rm/accuracy{subset}"] for subset in ("", "/easy", "/hard", "/llmbar-natural")]
+    assert accuracy[0] == pytest.approx(sum(accuracy[1:]) / 3)
+    assert summary["rm/section/chat_hard"] == accuracy[3] and "rm/section/overall" not in summary
+    assert "rm/section/chat_hard is not the published one: mt-bench-hard has 0 of its 37 pairs" in done.out
     few = ["data.pairs_per_epoch=32", "data.num_validation_pairs=8", "data.num_test_pairs=8"]
     done = ok(["train-rm", "data=imdb", "data.path=reviews.jsonl", *shared, *few, "run_dir=reviews-rm"], place)
     assert "data=imdb: 60 rows -> 60 reviews (" in done.err

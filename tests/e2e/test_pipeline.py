@@ -147,7 +147,12 @@ def test_evaluation_measures_both_against_the_sft_model(evaluation: tuple[Path, 
     written = rows(folder / "per_prompt.jsonl")
     assert [row["policy"] for row in written] == ["sft"] * 8 + ["rloo"] * 8 + ["reinforce"] * 8
     assert len({row["prompt"] for row in written}) == 8
-    assert {path.name for path in (folder / "plots").glob("*.png")} == {"reward.png", "reward_kl.png"}
+    assert {path.name for path in (folder / "plots").glob("*.png")} == {
+        "reward.png",
+        "reward_kl.png",
+        "rm_margin.png",
+        "rm_reliability.png",
+    }
     record = content(folder / "run.json")
     assert (
         record.keys() >= RUN_KEYS
@@ -168,12 +173,38 @@ def test_evaluation_is_of_the_split_that_was_named(evaluation: tuple[Path, Done]
 
 def test_evaluation_of_the_reward_model_alone(policies: Path):
     arguments = ["eval", "experiment=smoke", f"stages.cache_dir={policies / 'cache'}", "run_dir=rm-alone"]
-    done = ok(arguments, policies)
-    assert "rm: reusing" in done.err
-    summary = content(policies / "rm-alone" / "summary.json")
+    done = ok([*arguments, "eval.best_of_n=3", "eval.best_of_samples=5"], policies)
+    assert "rm: reusing" in done.err and done.err.count("sft: reusing") == 1
+    folder = policies / "rm-alone"
+    summary = content(folder / "summary.json")
     assert {"rm/accuracy", "rm/margin", "rm/nll", "rm/ece", "rm/ood/accuracy"} <= summary.keys()
     assert all(name.startswith("rm/") for name in summary)
-    assert not (policies / "rm-alone" / "per_prompt.jsonl").exists()
+    assert not (folder / "per_prompt.jsonl").exists()
+    # every figure with its interval, but for those that are no means
+    for name in (name for name in summary if not name.endswith(("_lo", "_hi"))):
+        value, lo, hi = (summary[f"{name}{end}"] for end in ("", "_lo", "_hi"))
+        if name.endswith(("/temperature", "/consistency", "/kl")):
+            assert lo is None and hi is None
+        else:
+            assert lo <= value <= hi, name
+    for part in ("", "ood/"):
+        assert {f"rm/{part}{name}" for name in ("brier", "calibrated/ece", "gold/spearman")} <= summary.keys()
+    assert 0 <= summary["rm/consistency"] < 1e-4
+    # the best of more is better by the proxy, on the same samples
+    proxies = [summary[f"rm/best_of/{n}/proxy"] for n in (1, 2, 3)]
+    assert proxies == sorted(proxies) and proxies[0] < proxies[2] and "rm/best_of/3/gold" in summary
+    pairs = rows(folder / "rm_pairs.jsonl")
+    assert len(pairs) == sum(sum(bins["margin_counts"]) for bins in content(folder / "rm_bins.json").values())
+    test = [pair for pair in pairs if pair["split"] == "test"]
+    assert {pair["split"] for pair in pairs} == {"test", "ood"}
+    right = [pair["chosen_raw"] > pair["rejected_raw"] for pair in test]
+    assert summary["rm/accuracy"] == sum(right) / len(right)
+    plots = {"rm_margin.png", "rm_reliability.png", "rm_best_of_n.png"}
+    assert {path.name for path in (folder / "plots").iterdir()} == plots
+    said = done.out.splitlines()
+    assert all(f"rm-alone/plots/{name}" in said for name in plots) and "rm-alone/rm_pairs.jsonl" in said
+    assert re.search(r"^ figure +test +n +ood +n *$", done.out, re.M) and "Best of n, over 8 prompts" in said
+    assert content(folder / "run.json")["upstream"].keys() == {"rm", "reference"}
 
 
 def test_stages_given_as_run_folders_are_used(stages: Path):

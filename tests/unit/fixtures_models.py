@@ -24,7 +24,6 @@ from rlhf_cli import build
 from rlhf_cli.algos.rloo import Rloo
 from rlhf_cli.config.schema import (
     LoggerConfig,
-    RmConfig,
     RolloutConfig,
     RunConfig,
     SftConfig,
@@ -35,6 +34,7 @@ from rlhf_cli.models.loading import build_tiny, classifier_from_lm
 from rlhf_cli.models.settings import ModelSettings
 from rlhf_cli.models.tokenizer import train_tokenizer
 from rlhf_cli.rewards.model import RewardFormat, RewardModel
+from rlhf_cli.rewards.settings import ScalarRm
 from rlhf_cli.runs.job import Job
 from rlhf_cli.settings import TrainSettings
 from rlhf_cli.train.precision import Precision
@@ -182,7 +182,7 @@ def run_config(folder: Path, command: str = "train-policy") -> RunConfig:
         name="test",
         run_dir=str(folder / "run"),
         algo=Rloo(k=2, train=TrainSettings(**train)),
-        rm=RmConfig(name="scalar", model=tiny_settings(), train=TrainSettings(**train), standardize_samples=8),
+        rm=ScalarRm(model=tiny_settings(), train=TrainSettings(**train), standardize_samples=8),
         data=ReviewsSettings(
             name="reviews",
             num_sft=16,

@@ -28,7 +28,6 @@ from rlhf_cli.config.schema import (
     LoggerConfig,
     PrecisionConfig,
     PrecisionName,
-    RmInit,
     WandbConfig,
 )
 from rlhf_cli.data import reviews
@@ -39,6 +38,7 @@ from rlhf_cli.models.loading import save_model
 from rlhf_cli.models.settings import LearningRates
 from rlhf_cli.models.tokenizer import PAD_TOKEN
 from rlhf_cli.rewards.model import RewardFormat
+from rlhf_cli.rewards.settings import RmInit
 from rlhf_cli.train.tracking import NullTracker, TensorBoardTracker, WandbTracker
 from rlhf_cli.types import Message
 
@@ -167,25 +167,23 @@ class TestRewardModel:
         save_model(gpt2_lm(byte_tokenizer(), 5), byte_tokenizer(), tmp_path / "sft")
         config = run_config(tmp_path)
         config.rm.append_eos = False
-        reward = build.new_reward_model(config, str(tmp_path / "sft"), CPU)
+        reward = build.new_reward_model(config, str(tmp_path / "sft"), CPU, 0)
         assert torch.equal(
             reward.model.get_input_embeddings().weight, gpt2_lm(byte_tokenizer(), 5).get_input_embeddings().weight
         )
         assert reward.format == RewardFormat(24, 16, append_eos=False)
-        config.rm.seed = 1
-        other = build.new_reward_model(config, str(tmp_path / "sft"), CPU)
+        other = build.new_reward_model(config, str(tmp_path / "sft"), CPU, 1)
         assert not torch.equal(other.model.score.weight, reward.model.score.weight)
 
     def test_from_sizes_of_its_own(self, tmp_path: Path) -> None:
         config = run_config(tmp_path)
         config.rm.model = replace(config.rm.model, hidden_size=32, vocab_size=310)
-        reward = build.new_reward_model(config, "/not/read", CPU)
+        reward = build.new_reward_model(config, "/not/read", CPU, 0)
         assert reward.model.config.hidden_size == 32 and len(reward.tokenizer) == 310
         assert reward.model.score.weight.shape == (1, 32)
-        again = build.new_reward_model(config, "/not/read", CPU)
+        again = build.new_reward_model(config, "/not/read", CPU, 0)
         assert torch.equal(reward.model.score.weight, again.model.score.weight)
-        config.rm.seed = 1
-        other = build.new_reward_model(config, "/not/read", CPU)
+        other = build.new_reward_model(config, "/not/read", CPU, 1)
         for part in ("score", "model.embed_tokens"):
             one, two = (model.get_submodule(part).weight for model in (reward.model, other.model))
             assert not torch.equal(one, two)
@@ -195,14 +193,14 @@ class TestRewardModel:
         save_model(distilbert(tokenizer), tokenizer, tmp_path / "bert")
         config = run_config(tmp_path)
         config.rm.model = replace(config.rm.model, path=str(tmp_path / "bert"))
-        reward = build.new_reward_model(config, "/not/read", CPU)
+        reward = build.new_reward_model(config, "/not/read", CPU, 0)
         assert reward.tokenizer.get_vocab() == tokenizer.get_vocab()
         assert reward.score(["the film "], ["was good ."]).raw.isfinite().all()
 
     def test_a_tokenizer_without_pad(self, tmp_path: Path) -> None:
         tokenizer = bos_tokenizer()
         save_model(gpt2_lm(tokenizer), tokenizer, tmp_path / "sft")
-        reward = build.new_reward_model(run_config(tmp_path), str(tmp_path / "sft"), CPU)
+        reward = build.new_reward_model(run_config(tmp_path), str(tmp_path / "sft"), CPU, 0)
         assert reward.tokenizer.pad_token == PAD_TOKEN
         assert reward.model.config.pad_token_id == reward.tokenizer.pad_token_id == len(tokenizer)
         assert reward.model.get_input_embeddings().weight.shape[0] == len(tokenizer) + 1

@@ -15,13 +15,14 @@ from fixtures_models import (
     tiny_lm,
 )
 
-from rlhf_cli import stages
-from rlhf_cli.config.schema import PrecisionConfig, PrecisionName, RmInit, RunConfig, Standardize
+from rlhf_cli.config.schema import PrecisionConfig, PrecisionName, RunConfig
 from rlhf_cli.models.loading import save_model
 from rlhf_cli.models.settings import LearningRates, PeftSettings
+from rlhf_cli.rewards.settings import RmInit, Standardize
 from rlhf_cli.runs.job import Artifact
 from rlhf_cli.settings import Schedule, Select, TrainSettings
-from rlhf_cli.stages import StageKey, file_digest, rm_key, sft_key
+from rlhf_cli.stages import keys as stages
+from rlhf_cli.stages.keys import StageKey, file_digest, rm_key, sft_key
 
 
 def keys(config: RunConfig) -> tuple[str, str]:
@@ -144,6 +145,7 @@ class TestDigest:
             ("none", set()),
             ("lora", {"r", "alpha", "dropout", "target_modules"}),
             ("adapter", {"variant", "bottleneck"}),
+            ("last_layer", set()),
         ],
     )
     def test_the_settings_that_the_kind_of_adapter_uses(self, name: str, used: set[str], tmp_path: Path) -> None:

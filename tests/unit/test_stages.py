@@ -26,7 +26,6 @@ from fixtures_models import (
     tiny_lm,
 )
 
-from rlhf_cli import stages
 from rlhf_cli.config.schema import RunConfig
 from rlhf_cli.data.tokenise import encode_prompt
 from rlhf_cli.errors import RequestError
@@ -35,7 +34,9 @@ from rlhf_cli.rewards.model import load_reward_model
 from rlhf_cli.rollout.engine import Sampling, generate
 from rlhf_cli.runs.job import Artifact, Job
 from rlhf_cli.runs.scoring import RewardOfRollout
-from rlhf_cli.stages import file_digest, resolve_rm, resolve_sft, rm_key, sft_key
+from rlhf_cli.stages import resolve as stages
+from rlhf_cli.stages.keys import file_digest, rm_key, sft_key
+from rlhf_cli.stages.resolve import resolve_rm, resolve_sft
 from rlhf_cli.train.seeding import derive_seed
 from rlhf_cli.types import PromptBatch
 

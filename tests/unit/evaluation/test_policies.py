@@ -126,9 +126,7 @@ class TestMeasure:
     def test_means_by_hand(self, other: Measured) -> None:
         rollout = rollout_of(OTHER)
         assert 0 < rollout.truncated.float().mean() < 1, "some completions end, some are cut"
-        scores = reward_model(mean=0.3, std=2.0).score(
-            rollout.prompts, rollout.completions, (~rollout.truncated).tolist()
-        )
+        scores = reward_model(mean=0.3, std=2.0).score_rollout(rollout)
         lengths = [len(ids) for ids in rollout.completion_ids]
         expected = {
             "reward/mean": per_prompt(scores.reward),

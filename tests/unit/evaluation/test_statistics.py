@@ -12,10 +12,10 @@ from rlhf_cli.evaluation import statistics
 from rlhf_cli.evaluation.statistics import (
     Bootstrap,
     Estimate,
-    brier,
+    ReliabilityBin,
+    accuracy_by_confidence,
     expected_calibration_error,
     mean_interval_over_seeds,
-    negative_log_likelihood,
     reliability,
     resolution_note,
     student_t_quantile,
@@ -70,6 +70,24 @@ def test_every_method_agrees_with_explicit_resampling() -> None:
         assert (estimate.value, estimate.lo, estimate.hi) == pytest.approx((value, lo, hi), rel=1e-12)
         assert estimate.lo < estimate.value < estimate.hi
         assert estimate.n == n
+
+
+def test_a_statistic_of_rows_agrees_with_explicit_resampling() -> None:
+    x = generator(5).normal(size=11)
+    boot = Bootstrap(11, num_resamples=150, seed=2)
+    estimate = boot.of_rows(lambda rows: float(np.median(x[rows])))
+    assert (estimate.value, estimate.lo, estimate.hi) == (np.median(x), *explicit(boot, np.median, x))
+    mean = boot.of_rows(lambda rows: float(x[rows].mean()))
+    assert (mean.value, mean.lo, mean.hi) == pytest.approx(
+        (boot.mean(x).value, boot.mean(x).lo, boot.mean(x).hi), rel=1e-12
+    )  # the same resamples, so that it is paired with the other figures
+    calls: list[int] = []
+    Bootstrap(4, num_resamples=5000).of_rows(lambda rows: calls.append(len(rows)) or 0.0)
+    assert len(calls) == 1001 and set(calls) == {4}
+    undefined = Bootstrap(4).of_rows(lambda rows: math.nan if len(set(rows)) < 4 else 1.0)
+    assert (undefined.value, undefined.lo, undefined.hi) == (1, 1, 1)
+    alone = Bootstrap(1).of_rows(lambda rows: 3.0)
+    assert alone.value == 3 and math.isnan(alone.lo) and math.isnan(alone.hi)
 
 
 def test_distribution_is_that_of_all_resamples() -> None:
@@ -315,18 +333,29 @@ def test_bins_hold_both_orders_of_each_pair() -> None:
     assert [b.count for b in reliability([1.0, 0.5], [1, 1], 4)] == [1, 2, 1]  # 0 | 0.5 twice | 1
 
 
-def test_brier_and_likelihood_worked_by_hand() -> None:
-    p, o = [0.9, 0.6, 0.2], [1, 0, 0]
-    assert brier(p, o) == pytest.approx((0.01 + 0.36 + 0.04) / 3)
-    assert negative_log_likelihood(p, o) == pytest.approx(-math.log(0.9 * 0.4 * 0.8) / 3)
-    both_p, both_o = p + [1 - x for x in p], o + [1 - x for x in o]
-    assert brier(both_p, both_o) == pytest.approx(brier(p, o))
-    assert negative_log_likelihood(both_p, both_o) == pytest.approx(negative_log_likelihood(p, o))
+def test_confidence_is_of_the_likelier_side() -> None:
+    # 0.9 right, 0.1 wrong with confidence 0.9, 0.7 right; a tie is half right
+    bins = accuracy_by_confidence([0.9, 0.1, 0.7, 0.5], [1, 1, 1, 1], num_bins=4)
+    assert [b.count for b in bins] == [2, 2]  # from 1/2 and from 3/4
+    assert [b.probability for b in bins] == pytest.approx([0.6, 0.9])
+    assert [b.frequency for b in bins] == pytest.approx([0.75, 0.5])
+    # which of the two is written first does not matter
+    mirrored = accuracy_by_confidence([0.1, 0.9, 0.3, 0.5], [0, 0, 0, 0], num_bins=4)
+    assert mirrored == [ReliabilityBin(b.count, pytest.approx(b.probability), b.frequency) for b in bins]
+    with pytest.raises(ValueError, match="num_bins=0"):
+        accuracy_by_confidence([0.5], [1], 0)
 
 
-def test_likelihood_at_certainty() -> None:
-    assert negative_log_likelihood([1.0, 0.0], [1, 0]) == 0
-    assert negative_log_likelihood([1.0, 0.0], [1, 1]) == math.inf
+def test_confidence_has_the_bins_of_the_calibration_error() -> None:
+    """Above the bin around 1/2, each pair is in the bin that one of its two readings is in."""
+    rng = generator(12)
+    p, o = rng.random(400), (rng.random(400) < 0.5).astype(float)
+    folded, symmetrised = accuracy_by_confidence(p, o), reliability(p, o)
+    assert len(folded) == 8 and len(symmetrised) == 15
+    for one, other in zip(folded[1:], symmetrised[8:], strict=True):
+        assert one.count == other.count
+        assert (one.probability, one.frequency) == pytest.approx((other.probability, other.frequency))
+    assert 2 * folded[0].count == symmetrised[7].count and sum(b.count for b in folded) == 400
 
 
 @pytest.mark.parametrize(
@@ -342,9 +371,8 @@ def test_likelihood_at_certainty() -> None:
     ],
 )
 def test_calibration_refuses_what_is_no_probability(p: list[float], o: list[float]) -> None:
-    for function in (brier, negative_log_likelihood, expected_calibration_error):
-        with pytest.raises(ValueError, match=r"expected|finite"):
-            function(p, o)
+    with pytest.raises(ValueError, match=r"expected|finite"):
+        expected_calibration_error(p, o)
 
 
 # What n prompts can resolve

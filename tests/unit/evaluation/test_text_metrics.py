@@ -8,9 +8,6 @@ import pytest
 from rlhf_cli.evaluation.text_metrics import (
     distinct_n,
     distinct_n_per_prompt,
-    ngrams,
-    repetition_rate,
-    repetition_rates,
     words,
 )
 
@@ -18,13 +15,6 @@ from rlhf_cli.evaluation.text_metrics import (
 def test_words_are_separated_by_white_space() -> None:
     assert words("  a  film,\nwell made ") == ["a", "film,", "well", "made"]
     assert words("") == []
-
-
-def test_ngrams_in_order() -> None:
-    assert ngrams("abcd", 2) == [("a", "b"), ("b", "c"), ("c", "d")]
-    assert ngrams("ab", 2) == [("a", "b")]
-    assert ngrams("a", 2) == []
-    assert ngrams([], 1) == []
 
 
 def test_distinct_pools_the_texts() -> None:
@@ -40,14 +30,6 @@ def test_texts_without_an_ngram_are_not_varied() -> None:
     assert distinct_n([[], []], 1) == 0
     assert distinct_n([["a"], ["b"]], 2) == 0
     assert distinct_n([[], ["a", "b"]], 2) == 1  # an empty text beside others adds nothing
-
-
-def test_repetition_counts_what_occurred_before() -> None:
-    assert repetition_rate("aaaa", 1) == 0.75
-    assert repetition_rate("abab", 2) == pytest.approx(1 / 3)  # ab ba ab
-    assert repetition_rate("abcd", 1) == 0
-    assert repetition_rate("ab", 3) == 0
-    np.testing.assert_allclose(repetition_rates(["so so so", "fine", ""], 1), [2 / 3, 0, 0])
 
 
 def test_distinct_per_prompt_groups_neighbours() -> None:

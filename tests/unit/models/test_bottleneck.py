@@ -253,7 +253,9 @@ def test_what_has_no_mlp_of_a_known_form_is_refused(tmp_path: Path):
         before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
         with pytest.raises(RequestError) as refused:
             add_bottleneck(key, model, SETTINGS["residual"], "base", 0)
-        expected = f"{key}.name=adapter: expected none or lora for a model of type {kind}, because {needed}"
+        expected = (
+            f"{key}.name=adapter: expected none, lora or last_layer for a model of type {kind}, because {needed}"
+        )
         assert str(refused.value) == expected
         assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == before
     assert {*ALL} - {*SUPPORTED} == {"OPT", "DistilBERT", "BERT", "RoBERTa"}, (
@@ -268,5 +270,5 @@ def test_a_model_whose_blocks_differ_in_width_is_refused():
         type(model.config)(**{**model.config.to_dict(), "intermediate_size": 8})
     )
     model.model.layers[1].mlp = narrow
-    with pytest.raises(RequestError, match=r"^peft\.name=adapter: expected none or lora"):
+    with pytest.raises(RequestError, match=r"^peft\.name=adapter: expected none, lora or last_layer"):
         add_bottleneck("peft", model, SETTINGS["residual"], "base", 0)

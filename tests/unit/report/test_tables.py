@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rlhf_cli.report.tables import PolicyRow, WideTable, format_estimate, policy_table, sweep_table, write_csv
+from rlhf_cli.report.tables import (
+    PolicyRow,
+    WideTable,
+    figure_table,
+    format_estimate,
+    policy_table,
+    sweep_table,
+    write_csv,
+)
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,44 @@ def test_missing_metrics_are_dashes_and_markup_is_text() -> None:
     lines = rendered(policy_table(rows), 100)
     assert any(re.fullmatch(r" \[red\]a\[/red\] +1\.00 \[0\.00, 2\.00\] +-", line) for line in lines)
     assert any(re.fullmatch(r" b +- +1\.00 \[0\.00, 2\.00\]", line) for line in lines)
+
+
+# Figures
+
+
+FIGURES = {
+    "test": {
+        "rm/accuracy": Figure(0.7481, 0.7, 0.8, 500),
+        "rm/margin": Figure(-1.5, -2, -1, 500),
+        "rm/consistency": Figure(2.4e-7, *NO_INTERVAL, 64),
+        "rm/temperature": Figure(1.25, *NO_INTERVAL, 500),
+    },
+    "ood": {"rm/accuracy": Figure(0.5, 0.4, 0.6, 20), "rm/length/accuracy_shorter": Figure(0, 0, 0, 7)},
+}
+
+
+def test_a_figure_stands_with_its_interval_and_what_it_is_over() -> None:
+    lines = rendered(figure_table(FIGURES, title="Reward model"), 120)
+    assert lines[0] == "Reward model" and lines[-1] == "[lo, hi]: 95% interval"
+    assert lines[1].split() == ["figure", "test", "n", "ood", "n"]
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[3:-1]}
+    assert rows["rm/accuracy"] == "0.748 [ 0.700, 0.800] 500 0.500 [0.400, 0.600] 20"
+    assert rows["rm/margin"] == "-1.500 [-2.000, -1.000] 500 - -"
+    assert rows["rm/length/accuracy_shorter"] == "- - 0.000 [0.000, 0.000] 7"
+    assert rows["rm/temperature"] == "1.250 500 - -"
+    assert rows["rm/consistency"] == "2.4e-07 64 - -", "not 0.000"
+    ends = [[i for i, character in enumerate(line) if character == "]"] for line in lines[3:-1] if "]" in line]
+    assert len({end[0] for end in ends[:2]}) == 1
+
+
+@pytest.mark.parametrize("width", [64, 80, 200])
+def test_a_figure_table_keeps_names_and_counts_together(width: int) -> None:
+    lines = rendered(figure_table(FIGURES), width)
+    assert max(map(len, lines)) <= width
+    assert sum("figure" in line for line in lines) == (1 if width == 200 else 2)
+    assert all(line.split()[-1] == "n" for line in lines if "figure" in line)
+    text = "\n".join(lines)
+    assert "rm/length/accuracy_shorter" in text and text.count("0.748") == 1
 
 
 # Sweeps

@@ -16,7 +16,7 @@ from rlhf_cli.algos.reinforce import Reinforce
 from rlhf_cli.algos.vanilla_pg import VanillaPg
 from rlhf_cli.config.schema import RunConfig
 from rlhf_cli.models.loading import save_model
-from rlhf_cli.rewards.model import store_scale
+from rlhf_cli.rewards.model import store_format
 from rlhf_cli.runs import policy, scoring
 from rlhf_cli.runs.job import Artifact
 from rlhf_cli.settings import KlEstimator, KlPlacement, KlSettings
@@ -28,7 +28,7 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifa
     folder = tmp_path_factory.mktemp("upstream")
     save_model(tiny_lm(), byte_tokenizer(), folder / "sft")
     reward_model(max_prompt_tokens=24).save(folder / "rm")
-    store_scale(folder / "rm", 1.0, 4.0)
+    store_format(folder / "rm", mean=1.0, std=4.0)
     return Artifact(str(folder / "sft"), "1"), Artifact(str(folder / "rm"), "2")
 
 

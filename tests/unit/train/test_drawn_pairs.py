@@ -8,7 +8,7 @@ from fixtures_models import FP32, reward_model
 
 from rlhf_cli.data.rows import Drawn, rows_of_epoch
 from rlhf_cli.settings import TrainSettings
-from rlhf_cli.train.reward import RewardTask, encode
+from rlhf_cli.train.reward import RewardLoss, RewardTask, encode
 from rlhf_cli.train.seeding import epoch_order
 from rlhf_cli.types import Preference
 
@@ -27,7 +27,7 @@ def test_every_epoch_has_pairs_of_its_own() -> None:
         TrainSettings(batch_size=3),
         FP32,
         7,
-        use_margin=False,
+        loss=RewardLoss(),
     )
     seen: list[Any] = []
     for step in range(5):  # three epochs of five rows in batches of three, which straddle

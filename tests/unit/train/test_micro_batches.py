@@ -24,7 +24,7 @@ from rlhf_cli.rollout.engine import Sampling
 from rlhf_cli.settings import KlEstimator, KlPlacement, KlSettings, TrainSettings
 from rlhf_cli.train.policy import PolicyTask
 from rlhf_cli.train.precision import Precision
-from rlhf_cli.train.reward import RewardTask, encode
+from rlhf_cli.train.reward import RewardLoss, RewardTask, encode
 from rlhf_cli.train.sft import SftTask
 from rlhf_cli.types import Example, Preference, Scores
 
@@ -176,7 +176,7 @@ def _reward_task(model, tokenizer, micro_batch_size, use_margin=False):
     reward_model = RewardModel(classifier_from_lm(model, seed=1), tokenizer, RewardFormat(8, 16))
     pairs = encode(reward_model, PAIRS)
     settings = TrainSettings(batch_size=N, micro_batch_size=micro_batch_size)
-    return RewardTask(reward_model, pairs, pairs, settings, FP32, 0, use_margin)
+    return RewardTask(reward_model, pairs, pairs, settings, FP32, 0, RewardLoss(use_margin))
 
 
 @pytest.mark.parametrize("use_margin", [False, True])

@@ -13,7 +13,7 @@ from rlhf_cli.rewards.model import RewardModel, load_reward_model, score_sequenc
 from rlhf_cli.settings import TrainSettings
 from rlhf_cli.train.optim import build_optimizer
 from rlhf_cli.train.precision import Precision
-from rlhf_cli.train.reward import EncodedPair, RewardTask, encode
+from rlhf_cli.train.reward import EncodedPair, RewardLoss, RewardTask, encode
 from rlhf_cli.train.seeding import batch_rows
 from rlhf_cli.types import Preference
 
@@ -29,13 +29,13 @@ EQUAL = Preference("the ", "film", "film")  # a tie, whatever the weights
 def task_for(
     reward: RewardModel,
     pairs: Sequence[Preference] = PAIRS,
-    use_margin: bool = False,
+    loss: RewardLoss = RewardLoss(),  # noqa: B008 - frozen
     precision: Precision = FP32,
     **settings: object,
 ) -> RewardTask:
     encoded = encode(reward, pairs)
     training = TrainSettings(**{"batch_size": len(pairs), **settings})
-    return RewardTask(reward, encoded, encoded, training, precision, seed=3, use_margin=use_margin)
+    return RewardTask(reward, encoded, encoded, training, precision, seed=3, loss=loss)
 
 
 def raw(reward: RewardModel, pairs: Sequence[Preference] = PAIRS) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,7 +59,7 @@ def test_encoding_is_that_of_the_reward_model() -> None:
 @pytest.mark.parametrize("use_margin", [False, True])
 def test_loss_by_hand(kind: str, use_margin: bool) -> None:
     reward = reward_model(kind)
-    task = task_for(reward, use_margin=use_margin)
+    task = task_for(reward, loss=RewardLoss(use_margin))
     batch = task.batch(0)
     reward.model.eval()
     output = task.loss(batch.micro_batches[0], batch.normaliser)
@@ -77,7 +77,7 @@ def test_micro_batches_add_up_to_the_batch() -> None:
     results = []
     for size in (None, 1, 3):
         reward = reward_model("gpt2")
-        task = task_for(reward, micro_batch_size=size, use_margin=True)
+        task = task_for(reward, loss=RewardLoss(use_margin=True), micro_batch_size=size)
         batch = task.batch(0)
         reward.model.eval()
         outputs = [task.loss(micro, batch.normaliser) for micro in batch.micro_batches]
@@ -120,7 +120,7 @@ def test_a_tie_counts_one_half() -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_validation_figures(size: int) -> None:
     reward = reward_model("gpt2")
-    task = task_for(reward, batch_size=size, use_margin=True)
+    task = task_for(reward, loss=RewardLoss(use_margin=True), batch_size=size)
     reward.model.train()
     evaluation = task.evaluate(1)
     assert not reward.model.training, "dropout is off"
@@ -138,7 +138,7 @@ def test_validation_figures(size: int) -> None:
 def test_validation_is_on_the_validation_pairs() -> None:
     reward = reward_model()
     encoded = encode(reward, PAIRS)
-    task = RewardTask(reward, encoded[:3], encoded[3:], TrainSettings(), FP32, seed=0, use_margin=False)
+    task = RewardTask(reward, encoded[:3], encoded[3:], TrainSettings(), FP32, seed=0, loss=RewardLoss())
     chosen, rejected = raw(reward, PAIRS[3:])
     assert task.evaluate(0).metrics["rm/margin"] == pytest.approx(float(chosen - rejected), abs=1e-5)
 
@@ -191,15 +191,15 @@ def test_chosen_and_rejected_are_not_exchanged() -> None:
     reward.model.eval()
     chosen, rejected = raw(reward)
     order = batch_rows(3, 0, 4, 4)
-    torch.testing.assert_close(score_sequences(reward.model, micro.chosen).detach(), chosen[order])
-    torch.testing.assert_close(score_sequences(reward.model, micro.rejected).detach(), rejected[order])
+    torch.testing.assert_close(score_sequences(reward.model, micro.chosen).detach()[:, 0], chosen[order])
+    torch.testing.assert_close(score_sequences(reward.model, micro.rejected).detach()[:, 0], rejected[order])
 
 
 def test_pairs_that_are_drawn_anew_are_those_of_the_steps_epoch():
     reward = reward_model()
     drawn = Drawn(2, lambda number: Preference("the ", " ".join(["good"] * (number + 1)), "bad"))
     task = RewardTask(
-        reward, encode(reward, drawn), encode(reward, PAIRS), TrainSettings(batch_size=2), FP32, 3, False
+        reward, encode(reward, drawn), encode(reward, PAIRS), TrainSettings(batch_size=2), FP32, 3, RewardLoss()
     )
     lengths = [
         sorted(part.chosen.completion_mask.sum(-1).tolist())

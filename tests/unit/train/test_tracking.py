@@ -330,6 +330,13 @@ def test_tensorboard_files_hold_metrics_summary_config_and_samples(tmp_path: Pat
     assert "prompt: user: hi\ncompletion: 12\nreward: None" in _text(events, "samples")
 
 
+def test_the_terms_of_a_samples_reward_show_as_text(tmp_path: Path):
+    tracker = TensorBoardTracker(tmp_path, config={})
+    tracker.samples(1, [{**_SAMPLES[0], "terms": {"rm": 0.123456, "length": -1.0, "coherence": float("nan")}}])
+    tracker.finish("finished")
+    assert "terms: rm 0.1235, length -1, coherence null" in _text(_events(tmp_path), "samples")
+
+
 def test_text_of_a_model_shows_as_text_in_tensorboard(tmp_path: Path):
     from tensorboard.plugin_util import markdown_to_safe_html
 
