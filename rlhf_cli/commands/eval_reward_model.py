@@ -96,7 +96,7 @@ def evaluate_reward_model(
     for split in [chosen, *(name for name in job.data.pairs_test if name != chosen)]:
         pairs = job.data.pairs_test[split]
         _say_cuts(reward_model, split, pairs)
-        scores[split] = score_pairs(reward_model, pairs, job.precision, job.data.gold)
+        scores[split] = score_pairs(reward_model, pairs, job.precision, job.data.gold, config.rollout.max_rows)
         figures = summarise_pairs(scores[split], config.eval.num_resamples, config.seed)
         sections, gaps = section_scores(
             scores[split].margin, scores[split].subsets, config.eval.num_resamples, config.seed

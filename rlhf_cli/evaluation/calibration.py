@@ -41,10 +41,8 @@ def fit_temperature(log_odds: ArrayLike) -> float:
         ValueError: no pair, or a z that is not finite.
     """
     z = _log_odds(log_odds)
-    if not z.any():
+    if z.min() >= 0:  # no pair is wrong
         return 1.0
-    if z.min() >= 0:
-        return MIN_TEMPERATURE
     ends = (math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE))
     found = minimize_scalar(
         lambda log_t: mean_nll(z, math.exp(log_t)), bounds=ends, method="bounded", options={"xatol": _PRECISION}

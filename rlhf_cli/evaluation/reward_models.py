@@ -26,10 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 from scipy.special import expit
+from torch import Tensor
 
 from rlhf_cli.data.dataset import GoldReward
 from rlhf_cli.evaluation.statistics import Bootstrap, Estimate, expected_calibration_error
-from rlhf_cli.rewards.model import Scorer
+from rlhf_cli.rewards.model import MAX_ROWS, Scorer
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.types import Preference, Scores
 
@@ -60,6 +61,7 @@ class PairScores:
     log_odds: Column  # [Q], uncalibrated, that chosen is preferred
     temperature: float = 1.0  # what the stored calibration divides them by
     subsets: Sequence[str] = ()  # part of the data each pair is from, Q; empty where the data has no parts
+    logits: tuple[Tensor, Tensor] | None = None  # float32 [Q, K] each, of the chosen and of the rejected
 
     def __len__(self) -> int:
         return len(self.log_odds)
@@ -96,13 +98,17 @@ class PairScores:
 
 
 def score_pairs(
-    reward_model: Scorer, pairs: Sequence[Preference], precision: Precision, gold: GoldReward | None = None
+    reward_model: Scorer,
+    pairs: Sequence[Preference],
+    precision: Precision,
+    gold: GoldReward | None = None,
+    max_rows: int = MAX_ROWS,
 ) -> PairScores:
-    """Scores both completions of every pair."""
+    """Scores both completions of every pair, at most `max_rows` in a forward pass."""
     prompts = [pair.prompt for pair in pairs]
     texts = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
     with precision.autocast():
-        chosen, rejected = (reward_model.score(prompts, side) for side in texts)
+        chosen, rejected = (reward_model.score(prompts, side, batch_size=max_rows) for side in texts)
     subsets = [pair.subset for pair in pairs]
 
     def side(scores: Scores, completions: Sequence[str]) -> Side:
@@ -124,6 +130,7 @@ def score_pairs(
         reward_model.log_odds(chosen, rejected).double().numpy(),
         reward_model.format.temperature,
         subsets if any(subsets) else (),
+        None if chosen.logits is None or rejected.logits is None else (chosen.logits, rejected.logits),
     )
 
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from rlhf_cli.errors import bad_value
 
-# Where attention drops out inside a fused kernel its rate is a number of the module.
-_IN_KERNEL = "attention_dropout"
+# Where a kernel or a function of the module drops out, the rate is a number of the module.
+_AS_NUMBERS = ("attention_dropout", "dropout")
 
 
 def set_dropout(key: str, model: nn.Module, rate: float) -> None:
@@ -26,8 +26,9 @@ def set_dropout(key: str, model: nn.Module, rate: float) -> None:
         if isinstance(module, nn.Dropout):
             module.p = rate
             found += 1
-        if isinstance(getattr(module, _IN_KERNEL, None), float | int):
-            setattr(module, _IN_KERNEL, rate)
-            found += 1
+        for name in _AS_NUMBERS:
+            if isinstance(getattr(module, name, None), float | int):
+                setattr(module, name, rate)
+                found += 1
     if not found and rate:
         raise bad_value(key, rate, f"0 or null, because {type(model).__name__} has no dropout")

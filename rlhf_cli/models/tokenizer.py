@@ -63,3 +63,9 @@ def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) ->
         and one.special_tokens_map == other.special_tokens_map
         and one.get_vocab() == other.get_vocab()
     )
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that are no text: decoding leaves them out."""
+    added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return frozenset((*added, *tokenizer.all_special_ids))

@@ -183,7 +183,8 @@ def read_out(
             assert opponent is not None, "win_rate needs the opponent's distribution"
             p = _log_softmax(logits).exp()
             opponent = opponent.to(p)
-            return p @ (opponent.cumsum(dim=0) - opponent / 2)
+            # no matrix product: under autocast it would be one of half precision
+            return (p * (opponent.cumsum(dim=0) - opponent / 2)).sum(dim=-1)
 
 
 def _cvar(p: Tensor, alpha: float) -> Tensor:

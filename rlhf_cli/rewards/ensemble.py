@@ -38,15 +38,17 @@ _FORMAT_KEY = "rlhf_reward"
 class EnsembleRewardModel:
     """The prediction mean of M reward models that read text alike (ENS in Rame et al. 2024, arXiv:2401.12187).
 
-    Scalars are averaged as they are; of distributions over grades the mean distribution is read out. The disagreement
-    is the standard deviation of the members' raw scores about their mean, each less its own mean on SFT samples, for a
-    constant says nothing about a pair. Times `penalty` it is subtracted from the raw score (Coste et al. 2024,
-    arXiv:2310.02743, use the variance so).
+    Scalars are averaged as they are, so that a member of wider scores counts for more; of distributions over grades
+    the mean distribution is read out. The disagreement is the standard deviation of the members' rewards, each
+    standardised on SFT samples by itself, for neither shift nor scale of a member says that it disagrees. Times
+    `penalty` and the members' mean std it is subtracted from the raw score (Coste et al. 2024, arXiv:2310.02743, use
+    the variance so).
     """
 
     members: Sequence[RewardModel]
     format: RewardFormat  # of the whole: scale, temperature, read-out
     centres: Sequence[float]  # M, mean raw score of each member on SFT samples
+    stds: Sequence[float]  # M, their standard deviations
     penalty: float = 0.0
 
     @property
@@ -79,9 +81,11 @@ class EnsembleRewardModel:
             mean = stacked.mean(dim=0)
         else:
             mean = torch.logsumexp(stacked.log_softmax(dim=-1), dim=0)
-        spread = (each - torch.tensor(self.centres)[:, None]).std(dim=0, correction=0)
-        raw = self.format.raw(mean) - self.penalty * spread
-        return Scores(self.format.standardise(raw), raw, mean, spread / self.format.std)
+        stds = torch.tensor(self.stds)
+        standardised = (each - torch.tensor(self.centres)[:, None]) / stds[:, None]
+        disagreement = standardised.std(dim=0, correction=0)
+        raw = self.format.raw(mean) - self.penalty * stds.mean() * disagreement
+        return Scores(self.format.standardise(raw), raw, mean, disagreement)
 
     def log_odds(self, chosen: Scores, rejected: Scores) -> Tensor:
         """log P(chosen is preferred) / P(rejected is) of the mean prediction, float32 [N], before the temperature."""
@@ -103,6 +107,7 @@ def save_ensemble(folder: Path, members: Sequence[Path], ensemble: EnsembleRewar
     index = {
         "members": names,
         "centres": list(ensemble.centres),
+        "stds": list(ensemble.stds),
         "disagreement_penalty": ensemble.penalty,
         _FORMAT_KEY: asdict(ensemble.format),
     }
@@ -121,22 +126,24 @@ def load_scorer(key: str, path: str, device: torch.device) -> Scorer:
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
         names = [str(name) for name in index["members"]]
-        centres = [float(centre) for centre in index["centres"]]
+        centres, stds = ([float(value) for value in index[key]] for key in ("centres", "stds"))
         penalty, stored = float(index["disagreement_penalty"]), dict(index[_FORMAT_KEY])
     except (ValueError, KeyError, TypeError) as error:
         raise RequestError(
             f"{key}={path}: {INDEX_FILE} cannot be read ({type(error).__name__}: {error})"
         ) from None
     is_inside = all(name not in ("", "..") and Path(name).name == name for name in names)
-    if not names or len(names) != len(centres) or not is_inside:
-        raise RequestError(f"{key}={path}: {INDEX_FILE} does not name its members, or not a centre for each")
+    if not names or not len(names) == len(centres) == len(stds) or not is_inside:
+        raise RequestError(
+            f"{key}={path}: {INDEX_FILE} does not name its members, or not a centre and std for each"
+        )
     members = [load_reward_model(key, str(Path(path) / name), device) for name in names]
     whole = read_format(key, path, stored)
     outputs = 1 if whole.grade_loss is None else len(whole.opponent) or max(2, _outputs(members[0]))
     for name, member in zip(names, members, strict=True):
         if _outputs(member) != outputs:
             raise RequestError(f"{key}={path}: {name} has {_outputs(member)} outputs, not {outputs}")
-    return EnsembleRewardModel(members, whole, centres, penalty)
+    return EnsembleRewardModel(members, whole, centres, stds, penalty)
 
 
 def _outputs(member: RewardModel) -> int:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.data.tokenise import TokenPair, collate, encode_completion, encode_completions, encode_prompt, ended
@@ -23,7 +24,7 @@ from rlhf_cli.files import write_json_atomic
 from rlhf_cli.models.adapters import Adapter
 from rlhf_cli.models.loading import load_classifier, save_model
 from rlhf_cli.models.positions import check_length, first_position, max_positions, takes_positions, token_positions
-from rlhf_cli.models.tokenizer import same_tokens
+from rlhf_cli.models.tokenizer import same_tokens, special_ids
 from rlhf_cli.ops.grades import pair_log_odds, read_out
 from rlhf_cli.ops.masks import last_true
 from rlhf_cli.settings import GradeLoss, ReadOut
@@ -122,10 +123,11 @@ class RewardFormat:
         if rollout.tokenizer is None or not same_tokens(rollout.tokenizer, tokenizer):
             return self.encode_all(tokenizer, rollout.prompts, rollout.completions, finished)
         of_prompt = {prompt: self.encode_prompt(tokenizer, prompt) for prompt in dict.fromkeys(rollout.prompts)}
-        special = set(tokenizer.all_special_ids)  # not in the text: the stops of a chat model, of which EOS is one
+        special = special_ids(tokenizer)
         rows = []
         for prompt, sampled, done in zip(rollout.prompts, rollout.completion_ids, finished, strict=True):
-            text_ids = [i for i in sampled if i not in special]
+            # Whatever ended it, one of a chat model's stops or EOS, is not of the text.
+            text_ids = [i for i in (sampled[:-1] if done else sampled) if i not in special]
             append_eos = self.append_eos and done
             rows.append(
                 (
@@ -280,7 +282,8 @@ def score_sequences(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     ).last_hidden_state
     rows = torch.arange(len(sequences), device=hidden.device)
     pooled = hidden[rows, last_true(sequences.attention_mask)]
-    return head(pooled)
+    with torch.autocast(hidden.device.type, enabled=False):  # in bfloat16 hundreds of texts would share one score
+        return head(pooled.float())
 
 
 def _score_by_first_token(model: PreTrainedModel, sequences: Sequences) -> Tensor:
@@ -291,7 +294,20 @@ def _score_by_first_token(model: PreTrainedModel, sequences: Sequences) -> Tenso
     positions = {}
     if takes_positions(model):
         positions["position_ids"] = token_positions(attention, first_position(model))
-    return model(input_ids=ids, attention_mask=attention.long(), **positions).logits
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]  # of the head
+    hook = last.register_forward_hook(_again_in_float32)
+    try:
+        return model(input_ids=ids, attention_mask=attention.long(), **positions).logits
+    finally:
+        hook.remove()
+
+
+def _again_in_float32(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    """A forward hook: what autocast has computed in half precision, computed again; None leaves the output."""
+    if output.dtype is torch.float32 or not isinstance(layer, nn.Linear):
+        return None
+    with torch.autocast(output.device.type, enabled=False):
+        return functional.linear(inputs[0].float(), layer.weight, layer.bias)
 
 
 def store_format(folder: Path, **changes: Any) -> None:

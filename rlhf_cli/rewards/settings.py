@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import ClassVar
@@ -170,15 +171,18 @@ class MembersRm(Margins, Grades, RmConfig):
         """Outputs of each member."""
         return 1 if self.kind is MemberKind.scalar else self.num_grades
 
-    def of_member(self, number: int, seed: int) -> ScalarRm | DistributionalRm:
+    def of_member(self, number: int, seed: int, num_starts: int = 1) -> ScalarRm | DistributionalRm:
         """The settings that member `number`, from 0, is trained with.
 
         Args:
             number: decides its learning rate and dropout, which go round.
             seed: of its data order and dropout noise.
+            num_starts: checkpoints that members start from in turn; rates and dropouts do not keep step with them.
         """
         kind = ScalarRm if self.kind is MemberKind.scalar else DistributionalRm
         shared = {one.name: getattr(self, one.name) for one in fields(kind) if one.name != "name"}
+        rates, dropouts = self.lr_factors, self.dropouts or [self.dropout]
+        rate = _turn(number, len(rates), (num_starts,))
         changed = {
             "path": None,
             "seed": seed,
@@ -186,8 +190,8 @@ class MembersRm(Margins, Grades, RmConfig):
             "read_out": ReadOut.mean,
             "calibrate": False,
             "noise": 0.0,
-            "dropout": self.dropouts[number % len(self.dropouts)] if self.dropouts else self.dropout,
-            "train": replace(self.train, lr=self.train.lr * self.lr_factors[number % len(self.lr_factors)]),
+            "dropout": dropouts[_turn(number, len(dropouts), (num_starts, len(rates)))],
+            "train": replace(self.train, lr=self.train.lr * rates[rate]),
         }
         return kind(**{name: value for name, value in {**shared, **changed}.items() if name in shared})
 
@@ -205,6 +209,16 @@ class MembersRm(Margins, Grades, RmConfig):
             raise bad_value("rm.lr_factors", self.lr_factors, "numbers > 0, e.g. [0.25,1,2.5]")
         if not all(0.0 <= dropout < 1.0 for dropout in self.dropouts):
             raise bad_value("rm.dropouts", self.dropouts, "numbers from 0 to below 1, e.g. [0.05,0.1], or []")
+
+
+def _turn(number: int, length: int, others: Sequence[int]) -> int:
+    """Which of `length` values a member gets: they go round, one further each time they would repeat another's round.
+
+    >>> [_turn(number, 2, (2,)) for number in range(4)]  # beside 0, 1, 0, 1: every pair once
+    [0, 1, 1, 0]
+    """
+    shift = next((number // math.lcm(length, other) for other in others if math.gcd(length, other) > 1), 0)
+    return (number + shift) % length
 
 
 @dataclass
@@ -226,3 +240,6 @@ class EnsembleRm(MembersRm):
         super().check()
         if not (math.isfinite(self.disagreement_penalty) and self.disagreement_penalty >= 0):
             raise bad_value("rm.disagreement_penalty", self.disagreement_penalty, "a number >= 0")
+        if self.disagreement_penalty and self.standardize is Standardize.none:
+            expected = "0 where rm.standardize=none: members are compared on SFT samples"
+            raise bad_value("rm.disagreement_penalty", self.disagreement_penalty, expected)

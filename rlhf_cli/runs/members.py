@@ -12,6 +12,7 @@ import time
 from rlhf_cli import build
 from rlhf_cli.evaluation.reward_models import score_pairs
 from rlhf_cli.files import write_folder_atomic
+from rlhf_cli.models.dropout import set_dropout
 from rlhf_cli.models.loading import load_backbone_as_classifier
 from rlhf_cli.rewards.model import load_reward_model
 from rlhf_cli.rewards.settings import MembersRm
@@ -24,12 +25,13 @@ from rlhf_cli.train.recorder import shared_run
 def train_start(job: Job, seed: int, sft: Artifact) -> None:
     """What all members start from: a backbone under a fresh head, or one that has been probed on it."""
     rm: MembersRm = job.config.rm
-    with shared_run(
-        job.request(f"rm {rm.name} start", seed, max(1, rm.probe_steps), (), {"sft": sft})
-    ) as recorder:
+    upstream = {"sft": sft} if build.starts_from_sft(job.config) else {}
+    with shared_run(job.request(f"rm {rm.name} start", seed, max(1, rm.probe_steps), (), upstream)) as recorder:
         began = time.perf_counter()
         reward_model = build.new_reward_model(job.config, sft.path, job.precision.device, seed)
         check_rows(job, recorder, reward_model)
+        for rate in rm.dropouts:  # before the first member finds out
+            set_dropout("rm.dropouts", reward_model.model, rate)
         if rm.probe_steps:
             probe(job, recorder, seed, reward_model, training_pairs(job))
         if job.world.is_main:
@@ -37,7 +39,7 @@ def train_start(job: Job, seed: int, sft: Artifact) -> None:
         recorder.summary({"time_s": time.perf_counter() - began})
 
 
-def train_member(job: Job, seed: int, start: Artifact, snapshot: Artifact | None) -> None:
+def train_member(job: Job, seed: int, start: Artifact, snapshot: Artifact | None, base: str | None) -> None:
     """One of several reward models.
 
     Args:
@@ -45,6 +47,7 @@ def train_member(job: Job, seed: int, start: Artifact, snapshot: Artifact | None
         seed: of the member.
         start: backbone and head.
         snapshot: an SFT checkpoint whose backbone stands in for the start's; None = the start's own.
+        base: what an adapter would lie on; None where the start's backbone has learned nothing yet.
     """
     rm, device = job.config.rm, job.precision.device
     pairs = training_pairs(job)
@@ -56,7 +59,7 @@ def train_member(job: Job, seed: int, start: Artifact, snapshot: Artifact | None
         if snapshot is not None:
             other, _ = load_backbone_as_classifier("sft.snapshots", snapshot.path, device, seed)
             reward_model.model.base_model.load_state_dict(other.base_model.state_dict())
-        figures = fit_reward_model(job, recorder, seed, reward_model, pairs, start.path)
+        figures = fit_reward_model(job, recorder, seed, reward_model, pairs, base)
         recorder.summary(figures)
         write_card_of(job, seed, start.path, upstream, figures)
 

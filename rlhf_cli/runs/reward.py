@@ -14,7 +14,7 @@ from rlhf_cli import build
 from rlhf_cli.data.swaps import with_swaps
 from rlhf_cli.data.tokenise import prompt_batch
 from rlhf_cli.evaluation.calibration import fit_temperature, temperature_note
-from rlhf_cli.evaluation.reward_models import score_pairs
+from rlhf_cli.evaluation.reward_models import PairScores, score_pairs
 from rlhf_cli.models.dropout import set_dropout
 from rlhf_cli.models.loading import load_causal_lm
 from rlhf_cli.ops.grades import sum_probabilities
@@ -45,7 +45,8 @@ def train_rm(job: Job, seed: int, sft: Artifact) -> None:
     """A reward model into job.folder, calibrated on validation pairs and standardised on samples of the SFT model."""
     config, data = job.config, job.data
     num_steps = config.rm.train.num_steps(len(data.pairs))
-    with shared_run(job.request(f"rm {config.rm.name}", seed, num_steps, KEYS, {"sft": sft})) as recorder:
+    upstream = {"sft": sft} if uses_sft(job) else {}
+    with shared_run(job.request(f"rm {config.rm.name}", seed, num_steps, KEYS, upstream)) as recorder:
         reward_model = build.new_reward_model(config, sft.path, job.precision.device, seed)
         check_rows(job, recorder, reward_model)
         pairs = training_pairs(job)
@@ -55,7 +56,12 @@ def train_rm(job: Job, seed: int, sft: Artifact) -> None:
         extra = fit_reward_model(job, recorder, seed, reward_model, pairs, base)
         extra |= finished(job, recorder, seed, sft)
         recorder.summary(extra)
-        write_card_of(job, seed, base, {"sft": sft}, extra)
+        write_card_of(job, seed, base, upstream, extra)
+
+
+def uses_sft(job: Job) -> bool:
+    """Whether a reward model starts from the SFT model or is scaled on its samples."""
+    return build.starts_from_sft(job.config) or job.config.rm.standardize is Standardize.sft_samples
 
 
 def check_rows(job: Job, recorder: RunRecorder | SilentRecorder, reward_model: RewardModel) -> None:
@@ -114,7 +120,8 @@ def fit_reward_model(
     num_steps = rm.train.num_steps(len(pairs))
     curves = (*KEYS, "rm/margin", "grad_norm")
     figures = train(task, rm.train, num_steps, job, recorder, seed, curves, ("rm.train.micro_batch_size",))
-    return figures | _memorised(job, pairs)
+    reward_model = load_reward_model("rm.path", str(job.folder / "model"), job.precision.device)
+    return figures | memorised(job, reward_model, pairs)
 
 
 def _task(job: Job, seed: int, reward_model: RewardModel, pairs: Sequence[Preference]) -> RewardTask:
@@ -129,7 +136,7 @@ def _task(job: Job, seed: int, reward_model: RewardModel, pairs: Sequence[Prefer
     )
 
 
-def _memorised(job: Job, pairs: Sequence[Preference]) -> dict[str, float]:
+def memorised(job: Job, scorer: Scorer, pairs: Sequence[Preference]) -> dict[str, float]:
     """Accuracy on training rows with swapped labels, by those labels, and on the others; nothing without swaps."""
     seen = list(islice(pairs, 2 * COUNTED_ROWS))
     parts = {
@@ -138,11 +145,8 @@ def _memorised(job: Job, pairs: Sequence[Preference]) -> dict[str, float]:
     }
     if not parts["corrupted"]:
         return {}
-    reward_model = load_reward_model("rm.path", str(job.folder / "model"), job.precision.device)
     return {
-        f"rm/train_{name}/accuracy": score_pairs(reward_model, rows, job.precision).accuracy
-        for name, rows in parts.items()
-        if rows
+        f"rm/train_{name}/accuracy": of_pairs(job, scorer, rows).accuracy for name, rows in parts.items() if rows
     }
 
 
@@ -186,7 +190,7 @@ def adjusted(job: Job, scorer: Scorer, rollout: Rollout | None) -> tuple[dict[st
     changes: dict[str, Any] = {}
     figures: dict[str, float] = {}
     if rm.calibrate:
-        log_odds = score_pairs(scorer, job.data.pairs_validation, job.precision).log_odds
+        log_odds = of_pairs(job, scorer, job.data.pairs_validation).log_odds
         changes["temperature"] = figures["rm/temperature"] = fit_temperature(log_odds)
     if rollout is not None:
         reward = RewardOfRollout(scorer, job.precision, job.config.rollout.max_rows)
@@ -195,19 +199,25 @@ def adjusted(job: Job, scorer: Scorer, rollout: Rollout | None) -> tuple[dict[st
             changes["opponent"] = (sum_probabilities(logits.double()) / len(logits)).tolist()
             scorer.format = replace(scorer.format, opponent=tuple(changes["opponent"]))
         if isinstance(scorer, EnsembleRewardModel):
-            scorer.centres = [
-                _mean_raw(job, replace(one, format=scorer.format), rollout) for one in scorer.members
-            ]
-        raw = job.world.gather(reward(rollout).raw).double()
-        changes |= {"mean": float(raw.mean()), "std": float(raw.std())}
+            scales = [_scale(job, replace(one, format=scorer.format), rollout) for one in scorer.members]
+            scorer.centres, scorer.stds = [mean for mean, _ in scales], [std for _, std in scales]
+        mean, std = _scale(job, scorer, rollout)
+        changes |= {"mean": mean, "std": std}
         figures |= {"rm/sft_mean": changes["mean"], "rm/sft_std": changes["std"]}
     scorer.format = replace(scorer.format, **{**changes, "opponent": scorer.format.opponent})
     return changes, figures
 
 
-def _mean_raw(job: Job, scorer: Scorer, rollout: Rollout) -> float:
+def _scale(job: Job, scorer: Scorer, rollout: Rollout) -> tuple[float, float]:
+    """Mean and standard deviation of the raw score over the samples of all processes."""
     reward = RewardOfRollout(scorer, job.precision, job.config.rollout.max_rows)
-    return float(job.world.gather(reward(rollout).raw).double().mean())
+    raw = job.world.gather(reward(rollout).raw).double()
+    return float(raw.mean()), float(raw.std())
+
+
+def of_pairs(job: Job, scorer: Scorer, pairs: Sequence[Preference]) -> PairScores:
+    """Scores of pairs, as many rows at once as the config allows."""
+    return score_pairs(scorer, pairs, job.precision, max_rows=job.config.rollout.max_rows)
 
 
 def sft_samples(job: Job, seed: int, sft: Artifact) -> Rollout | None:

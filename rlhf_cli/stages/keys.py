@@ -102,9 +102,11 @@ def rm_start_key(job: Job, sft: Artifact) -> StageKey:
     return StageKey("rm-start", _flat(parts))
 
 
-def rm_member_key(job: Job, member: RmConfig, start: Artifact, snapshot: Artifact | None) -> StageKey:
+def rm_member_key(
+    job: Job, member: RmConfig, start: Artifact, snapshot: Artifact | None, base: str | None
+) -> StageKey:
     """What decides one of several reward models; not how many there are, so that it serves more of them too."""
-    parts = _rm_parts(job, member) | {"start": start.digest, **_adapter("rm.peft", member.peft, start.path)}
+    parts = _rm_parts(job, member) | {"start": start.digest, **_adapter("rm.peft", member.peft, base)}
     if snapshot is not None:
         parts["snapshot"] = snapshot.digest
     return StageKey("rm-member", _flat(parts))

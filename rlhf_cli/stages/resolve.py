@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
-from rlhf_cli.build import starts_from_sft
+from rlhf_cli.build import rm_base, starts_from_sft
+from rlhf_cli.errors import RequestError
 from rlhf_cli.models.loading import resolve_path
 from rlhf_cli.rewards.settings import MembersRm, RmConfig
 from rlhf_cli.runs.job import Artifact, Job
@@ -73,18 +74,28 @@ def resolve_members(job: Job, sft: Artifact, say: Say) -> list[Artifact]:
     start = cached(
         job, start_key, say, lambda folder: train_start(_stage_job(job, folder, "train-rm"), rm.seed, sft)
     )
-    begins: list[Artifact | None] = [None, *_snapshots(sft)] if starts_from_sft(job.config) else [None]
+    begins: list[Artifact | None] = [None, *_snapshots(job, sft)]
+    if len(begins) > 1:
+        say(f"rm: members start in turn from the SFT model and from {len(begins) - 1} snapshots on the way to it")
+    base = None if rm_base(job.config, sft.path) is None else start.path
     numbers = range(rm.members) if rm.member is None else [rm.member]
     found = []
     for number in numbers:
-        member = rm.of_member(number, derive_seed(rm.seed, "member", number))
+        member = rm.of_member(number, derive_seed(rm.seed, "member", number), len(begins))
         snapshot = begins[number % len(begins)]
-        train = partial(_train_member, job, member, start, snapshot)
-        found.append(cached(job, rm_member_key(job, member, start, snapshot), say, train))
+        train = partial(_train_member, job, member, start, snapshot, base)
+        found.append(cached(job, rm_member_key(job, member, start, snapshot, base), say, train))
     return found
 
 
-def _train_member(job: Job, member: RmConfig, start: Artifact, snapshot: Artifact | None, folder: Path) -> None:
+def _train_member(
+    job: Job, member: RmConfig, start: Artifact, snapshot: Artifact | None, base: str | None, folder: Path
+) -> None:
+    # what the card says: the member's own settings, not those of whoever asked for it
+    kept = {field.name for field in fields(member)}
+    flat = {
+        key: value for key, value in job.flat.items() if not key.startswith("rm.") or key.split(".")[1] in kept
+    }
     told = {
         "rm.name": member.name,
         "rm.dropout": member.dropout,
@@ -92,14 +103,23 @@ def _train_member(job: Job, member: RmConfig, start: Artifact, snapshot: Artifac
         "rm.standardize": member.standardize.value,
         "rm.calibrate": member.calibrate,
     }
-    own = replace(job, config=replace(job.config, rm=member), flat={**job.flat, **told})
-    train_member(_stage_job(own, folder, "train-rm"), member.seed, start, snapshot)
+    own = replace(job, config=replace(job.config, rm=member), flat={**flat, **told})
+    train_member(_stage_job(own, folder, "train-rm"), member.seed, start, snapshot, base)
 
 
-def _snapshots(sft: Artifact) -> list[Artifact]:
-    """Models that the SFT run kept on its way, the latest first."""
+def _snapshots(job: Job, sft: Artifact) -> list[Artifact]:
+    """Models that the SFT run kept on its way, the latest first; none where members do not start from it.
+
+    Raises:
+        RequestError: they are asked for, and the given SFT model has none.
+    """
+    number = job.config.sft.snapshots
+    if not number or not starts_from_sft(job.config):
+        return []
     folders = sorted((Path(sft.path).parent / SNAPSHOTS).glob("step-*"), reverse=True)
-    return [Artifact(str(folder), file_digest(str(folder))) for folder in folders]
+    if not folders:
+        raise RequestError(f"sft.snapshots={number}: {sft.path} has no {SNAPSHOTS}/ beside it")
+    return [Artifact(str(folder), file_digest(str(folder))) for folder in folders[:number]]
 
 
 def _given(key: str, path: str, say: Say) -> Artifact:

@@ -149,9 +149,9 @@ class RewardTask(Task):
         total = torch.zeros(int(self.model.config.num_labels or 1), dtype=torch.float64)
         with torch.random.fork_rng(), self.precision.autocast():
             for part in micro_batches:
-                total += sum_probabilities(torch.cat(self._logits(part))).double().cpu()
+                total += sum_probabilities(torch.cat(self._logits(part))).cpu().double()
         total = torch.tensor(self.world.sum(total.tolist()))
-        self._marginal = (total / total.sum()).to(self.precision.device)
+        self._marginal = (total / total.sum()).float().to(self.precision.device)
 
     def _logits(self, batch: PreferenceBatch) -> tuple[torch.Tensor, torch.Tensor]:
         # one pass for both, so that dropout and padding treat them alike
