@@ -88,7 +88,7 @@ class TestScalar:
         assert not torch.allclose(found, ensemble_of(scalars).score(PROMPTS, COMPLETIONS).raw, atol=1e-3)
 
     def test_unequal_numbers_are_refused(self, scalars: list[RewardModel]) -> None:
-        with pytest.raises(ValueError, match="shorter"):
+        with pytest.raises(ValueError, match="zip"):
             ensemble_of(scalars).score(PROMPTS, COMPLETIONS[:2])
 
     def test_nothing_to_score(self, scalars: list[RewardModel]) -> None:
