@@ -132,7 +132,7 @@ def keys(folder: Path, rm: MembersRm, number: int = 0) -> tuple[str, str, str]:
     job = make_job(with_rm(folder, rm))
     member = rm.of_member(number, derive_seed(rm.seed, "member", number))
     merged = merged_rm_key(job, SFT, MEMBERS)
-    return rm_start_key(job, SFT).digest, rm_member_key(job, member, START, None).digest, merged.digest
+    return rm_start_key(job, SFT).digest, rm_member_key(job, member, START, None, None).digest, merged.digest
 
 
 def graded(kind: type[MembersRm], **changes: Any) -> MembersRm:
@@ -227,8 +227,8 @@ class TestMembers:
         other = Artifact("anywhere", "another digest")
         member = rm.of_member(0, 1)
         assert rm_start_key(job, SFT).digest != rm_start_key(job, other).digest
-        of_start = {rm_member_key(job, member, start, None).digest for start in (START, other)}
-        of_snapshot = {rm_member_key(job, member, START, snapshot).digest for snapshot in (None, SFT, other)}
+        of_start = {rm_member_key(job, member, start, None, None).digest for start in (START, other)}
+        of_snapshot = {rm_member_key(job, member, START, snapshot, None).digest for snapshot in (None, SFT, other)}
         assert len(of_start) == 2 and len(of_snapshot) == 3
         assert merged_rm_key(job, SFT, MEMBERS).digest != merged_rm_key(job, other, MEMBERS).digest
         unscaled = make_job(with_rm(tmp_path, graded(WarmRm, standardize=Standardize.none)))
@@ -239,7 +239,7 @@ class TestMembers:
         job = make_job(with_rm(tmp_path, rm))
         found: list[StageKey] = [
             rm_start_key(job, SFT),
-            rm_member_key(job, rm.of_member(0, 1), START, None),
+            rm_member_key(job, rm.of_member(0, 1), START, None, None),
             merged_rm_key(job, SFT, MEMBERS),
         ]
         assert [key.stage for key in found] == ["rm-start", "rm-member", "rm"]

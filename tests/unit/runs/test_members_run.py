@@ -75,14 +75,14 @@ def begun(job: Job, start: Artifact, snapshot: Artifact | None, number: int) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(members, "fit_reward_model", record)
         with pytest.raises(InterruptedError):
-            train_member(own, member.seed, start, snapshot)
+            train_member(own, member.seed, start, snapshot, start.path)
     return found[0]
 
 
 def trained(job: Job, start: Artifact, snapshot: Artifact | None, number: int) -> Path:
     member = job.config.rm.of_member(number, number)
     own = replace(job, folder=job.folder / f"member-{number}", config=replace(job.config, rm=member))
-    train_member(own, member.seed, start, snapshot)
+    train_member(own, member.seed, start, snapshot, start.path)
     return own.folder / "model"
 
 
