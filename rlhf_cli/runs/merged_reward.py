@@ -13,18 +13,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+from torch.nn.functional import softplus
+
 from rlhf_cli import build
 from rlhf_cli.evaluation.reward_models import score_pairs
 from rlhf_cli.files import write_folder_atomic
 from rlhf_cli.ops.merging import lerp_many
+from rlhf_cli.ops.preference_losses import wins
 from rlhf_cli.report.plots import training_curves
 from rlhf_cli.rewards.ensemble import EnsembleRewardModel, save_ensemble
-from rlhf_cli.rewards.model import RewardModel, Scorer, load_reward_model
+from rlhf_cli.rewards.model import RewardModel, load_reward_model
 from rlhf_cli.rewards.settings import EnsembleRm, MembersRm, Selection
 from rlhf_cli.runs.common import explained_memory, write_card_of
 from rlhf_cli.runs.job import Artifact, Job
 from rlhf_cli.runs.reward import MEMORY_KEYS, adjusted, say_temperature, sft_samples
 from rlhf_cli.train.recorder import RunRecorder, SilentRecorder, shared_run
+from rlhf_cli.types import Scores
 
 _KEYS = ("selection/member", "selection/weight_average", "selection/ensemble")
 
@@ -38,6 +43,7 @@ class _Member:
     model: RewardModel
     accuracy: float
     nll: float
+    logits: tuple[Tensor, Tensor]  # float32 [Q, K] of the preferred completions, and of the others
 
 
 def merge_members(job: Job, seed: int, sft: Artifact, members: Sequence[Artifact]) -> None:
@@ -89,9 +95,27 @@ def _ranked(job: Job, members: Sequence[Artifact]) -> list[_Member]:
     for number, member in enumerate(members):
         model = load_reward_model("rm.members", member.path, job.precision.device)
         model.format = build.reward_format(job.config)
-        pairs = score_pairs(model, job.data.pairs_validation, job.precision)
-        found.append(_Member(number, Path(member.path), model, pairs.accuracy, pairs.nll))
+        chosen, rejected = _sides(job, model)
+        assert chosen.logits is not None and rejected.logits is not None
+        nll = float(softplus(-model.log_odds(chosen, rejected).double()).mean())
+        logits = chosen.logits, rejected.logits
+        found.append(_Member(number, Path(member.path), model, _right(chosen, rejected), nll, logits))
     return sorted(found, key=lambda one: (-one.accuracy, one.nll, one.number))
+
+
+def _sides(job: Job, model: RewardModel) -> tuple[Scores, Scores]:
+    """Of both completions of every validation pair."""
+    pairs = job.data.pairs_validation
+    prompts = [pair.prompt for pair in pairs]
+    with job.precision.autocast():
+        return model.score(prompts, [one.chosen for one in pairs]), model.score(
+            prompts, [one.rejected for one in pairs]
+        )
+
+
+def _right(chosen: Scores, rejected: Scores) -> float:
+    """Accuracy; a tie counts one half."""
+    return float(wins(chosen.raw - rejected.raw)) / len(chosen.raw)
 
 
 def _say_ranking(recorder: RunRecorder | SilentRecorder, ranked: Sequence[_Member]) -> None:
@@ -102,27 +126,34 @@ def _say_ranking(recorder: RunRecorder | SilentRecorder, ranked: Sequence[_Membe
 def _record_prefixes(job: Job, recorder: RunRecorder | SilentRecorder, ranked: Sequence[_Member]) -> None:
     """A row for each number of members: the one that joins, the mean of weights, the mean of predictions."""
     for count in range(1, len(ranked) + 1):
-        first = [one.model for one in ranked[:count]]
+        first = ranked[:count]
         row: Mapping[str, float] = {
             "selection/member": ranked[count - 1].accuracy,
-            "selection/weight_average": _accuracy(job, averaged(first)),
-            "selection/ensemble": _accuracy(job, _ensemble(job, first)),
+            "selection/weight_average": _averaged_accuracy(job, first),
+            "selection/ensemble": _ensemble_accuracy(job, first),
             "member": ranked[count - 1].number,
         }
         recorder.metrics(count, row)
 
 
 def _greedy(job: Job, ranked: Sequence[_Member]) -> list[_Member]:
+    accuracy_of = _ensemble_accuracy if isinstance(job.config.rm, EnsembleRm) else _averaged_accuracy
     chosen, best = [ranked[0]], ranked[0].accuracy
     for one in ranked[1:]:
-        accuracy = _accuracy(job, _merged(job, [*chosen, one]))
+        accuracy = accuracy_of(job, [*chosen, one])
         if accuracy >= best:
             chosen, best = [*chosen, one], accuracy
     return chosen
 
 
-def _accuracy(job: Job, scorer: Scorer) -> float:
-    return score_pairs(scorer, job.data.pairs_validation, job.precision).accuracy
+def _averaged_accuracy(job: Job, members: Sequence[_Member]) -> float:
+    return _right(*_sides(job, averaged([one.model for one in members])))
+
+
+def _ensemble_accuracy(job: Job, members: Sequence[_Member]) -> float:
+    """From what each member has said already: M of them take M forward passes for all their ensembles."""
+    whole = _ensemble(job, [one.model for one in members])
+    return _right(*(whole.of_logits([one.logits[side] for one in members]) for side in (0, 1)))
 
 
 def _merged(job: Job, members: Sequence[_Member]) -> RewardModel | EnsembleRewardModel:
