@@ -14,13 +14,13 @@ from fixtures_models import CPU, byte_tokenizer, make_job, reward_model, run_con
 from fixtures_rewards import any_model, ensemble_of, with_lora
 from safetensors.torch import load_file
 
+from rlhf_cli.evaluation.reward_models import score_pairs
 from rlhf_cli.models.loading import save_model
 from rlhf_cli.rewards.ensemble import EnsembleRewardModel, load_scorer
 from rlhf_cli.rewards.model import RewardModel, Scorer
 from rlhf_cli.rewards.settings import EnsembleRm, MemberKind, MembersRm, Selection, Standardize, WarmRm
 from rlhf_cli.runs.job import Artifact, Job
 from rlhf_cli.runs.merged_reward import averaged, merge_members
-from rlhf_cli.runs.reward import scored
 
 CAPS = {"max_prompt_tokens": 24, "max_completion_tokens": 16}  # those of the data
 GRADES = 4
@@ -163,7 +163,7 @@ def headed(factor: float) -> RewardModel:
 def sign(tmp_path_factory: pytest.TempPathFactory) -> float:
     """What makes `headed` more often right than wrong."""
     job = job_for(tmp_path_factory.mktemp("sign"), WarmRm)
-    accuracy = scored(headed(1.0), job.data.pairs_validation, job.precision).accuracy
+    accuracy = score_pairs(headed(1.0), job.data.pairs_validation, job.precision).accuracy
     assert accuracy != 0.5
     return 1.0 if accuracy > 0.5 else -1.0
 
@@ -178,7 +178,7 @@ class TestSelection:
         found = merged(job, sft, members)
         figures = summary(job)
         assert (figures["rm/members"], figures["rm/members_trained"]) == (2, 3)
-        good = scored(headed(sign), job.data.pairs_validation, job.precision).accuracy
+        good = score_pairs(headed(sign), job.data.pairs_validation, job.precision).accuracy
         assert figures["rm/accuracy"] == good > 0.5
         expected = headed(sign * 2.0).score(["the film "], ["was good ."]).raw
         torch.testing.assert_close(found.score(["the film "], ["was good ."]).raw, expected, atol=1e-5, rtol=0)
@@ -200,7 +200,8 @@ class TestSelection:
         factors = [-1.0, 1.0, 1e-3, 1.0, -1e-3]
         job = job_for(tmp_path, WarmRm, members=5)
         pairs = {
-            factor: scored(headed(sign * factor), job.data.pairs_validation, job.precision) for factor in factors
+            factor: score_pairs(headed(sign * factor), job.data.pairs_validation, job.precision)
+            for factor in factors
         }
         merged(job, sft, saved([headed(sign * factor) for factor in factors], tmp_path))
         order = [int(row["member"]) for row in rows(job)]
@@ -212,8 +213,8 @@ class TestSelection:
         factors = [-20.0, 1.0, 3.0]
         job = job_for(tmp_path, WarmRm, members=3)
         merged(job, sft, saved([headed(sign * factor) for factor in factors], tmp_path))
-        good = scored(headed(sign), job.data.pairs_validation, job.precision).accuracy
-        bad = scored(headed(-sign), job.data.pairs_validation, job.precision).accuracy
+        good = score_pairs(headed(sign), job.data.pairs_validation, job.precision).accuracy
+        bad = score_pairs(headed(-sign), job.data.pairs_validation, job.precision).accuracy
         found = rows(job)
         assert [row["step"] for row in found] == [1, 2, 3]
         assert [row["selection/member"] for row in found] == [good, good, bad]
