@@ -6,7 +6,8 @@ For each seed and each share of swapped labels: a scalar, two distributional one
 which are made into an ensemble and into WARM. The seed decides heads, order of the rows, dropout and which labels are
 swapped; the SFT model that all start from is one, and so are the rows. Test labels are never swapped. The table has
 means over seeds with 95% intervals (Student's t) and below it differences, paired by seed, as Markdown and as JSON
-with the figures of each seed. What is finished is not run again.
+with the figures of each seed. Rewards are left on their raw scale, which no figure here depends on. What is finished is
+not run again.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ PAIRED = (
     ("half_tie", "scalar"),
 )
 
+TRAIN_PAIRS = 1000  # with swapped labels and without, that are looked at
 COST_ROWS, COST_REPEATS = 1000, 7
 
 Vector = NDArray[np.float64]
@@ -140,7 +142,15 @@ def run_unit(unit: Unit) -> dict[str, Figures]:
     torch.set_num_threads(unit.threads)
     quiet()
     swaps = [f"rm.label_swap_rate={unit.rate:g}", f"rm.label_swap_seed={unit.seed}"]
-    common = [f"seed={unit.seed}", *swaps, "device=cpu", f"threads={unit.threads}", "resume=auto", *unit.extra]
+    common = [
+        f"seed={unit.seed}",
+        *swaps,
+        "rm.standardize=none",
+        "device=cpu",
+        f"threads={unit.threads}",
+        "resume=auto",
+        *unit.extra,
+    ]
     found = {}
     for name in unit.models:
         folder = unit.folder / name
@@ -163,7 +173,7 @@ def measure(folder: Path, swap_rate: float, swap_seed: int) -> Figures:
     train = with_swaps(data.pairs, swap_rate, swap_seed)
     figures: Figures = {}
     for name, swapped in (("corrupted", True), ("clean", False)):
-        rows = [pair for pair in train if pair.swapped is swapped]
+        rows = [pair for pair in train if pair.swapped is swapped][:TRAIN_PAIRS]
         if rows:
             figures[f"accuracy/train_{name}"] = accuracy(*both_sides(scorer, rows))
     for split, pairs in data.pairs_test.items():

@@ -19,7 +19,19 @@ def script(name: str, cwd: Path, *arguments: str) -> str:
 
 def test_reward_models_are_compared_once_and_two_members_are_joined_by_a_line(smoke: list[str], tmp_path: Path):
     models = ["scalar", "ensemble", "warm"]
-    line = ["--seeds", "3", "--rates", "0.25", "--models", *models, "--out", "study", "--", *smoke]
+    line = [
+        "--seeds",
+        "3",
+        "--rates",
+        "0.25",
+        "--models",
+        *models,
+        "--out",
+        "study",
+        "--",
+        *smoke,
+        "rm.probe_steps=2",
+    ]
     first = script("compare_reward_models.py", tmp_path, *line)
     folder = tmp_path / "study" / "seed-3" / "swapped-0.25"
     measured = {name: content(folder / name / "measured.json") for name in models}
