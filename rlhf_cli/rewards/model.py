@@ -270,10 +270,20 @@ def score_sequences(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     Raises:
         RequestError: a row has more tokens than the model has positions.
     """
-    check_length(model, sequences)
-    head = getattr(model, "score", None)
-    if head is None:
+    if not has_linear_head(model):
+        check_length(model, sequences)
         return _score_by_first_token(model, sequences)
+    return head_of_pooled(model, pooled_states(model, sequences))
+
+
+def has_linear_head(model: PreTrainedModel) -> bool:
+    """Whether the head is one matrix over one position's state: of decoder classifiers, not of encoder classifiers."""
+    return getattr(model, "score", None) is not None
+
+
+def pooled_states(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+    """What a linear head reads: the backbone's state at the last real token, float32 [N, H]."""
+    check_length(model, sequences)
     hidden = model.base_model(
         input_ids=sequences.ids,
         attention_mask=sequences.attention_mask.long(),
@@ -281,9 +291,13 @@ def score_sequences(model: PreTrainedModel, sequences: Sequences) -> Tensor:
         use_cache=False,
     ).last_hidden_state
     rows = torch.arange(len(sequences), device=hidden.device)
-    pooled = hidden[rows, last_true(sequences.attention_mask)]
-    with torch.autocast(hidden.device.type, enabled=False):  # in bfloat16 hundreds of texts would share one score
-        return head(pooled.float())
+    return hidden[rows, last_true(sequences.attention_mask)].float()
+
+
+def head_of_pooled(model: PreTrainedModel, pooled: Tensor) -> Tensor:
+    """Logits [N, K] of states [N, H], without autocast: in bfloat16 hundreds of texts would share one score."""
+    with torch.autocast(pooled.device.type, enabled=False):
+        return model.score(pooled)
 
 
 def _score_by_first_token(model: PreTrainedModel, sequences: Sequences) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from rlhf_cli.models.adapters import Adapter
 from rlhf_cli.models.recompute import recomputing
 from rlhf_cli.ops.grades import entropy_bonus, grade_loss, sum_probabilities
 from rlhf_cli.ops.preference_losses import bradley_terry_loss, wins
-from rlhf_cli.rewards.model import RewardModel, score_sequences
+from rlhf_cli.rewards.model import RewardModel, head_of_pooled, score_sequences
 from rlhf_cli.settings import GradeLoss, TrainSettings
 from rlhf_cli.train.distributed import ALONE, World
 from rlhf_cli.train.loop import Evaluation, StepBatch, Task
@@ -23,6 +23,7 @@ from rlhf_cli.train.precision import Precision
 from rlhf_cli.train.seeding import batch_places
 from rlhf_cli.types import LossOutput, Preference, PreferenceBatch, Sequences
 
+States = Callable[[Sequences], torch.Tensor]  # -> float32 [N, H], what the head reads
 EncodedPair = tuple[TokenPair, TokenPair, float]  # chosen, rejected, margin
 
 
@@ -73,6 +74,7 @@ class RewardTask(Task):
         self.world = world
         self.adapter = adapter
         self.with_dropout = True
+        self.states: States | None = None  # of a backbone that does not move
         self._marginal: torch.Tensor | None = None  # [K], of the step's two completions of every pair
 
     def batch(self, step: int) -> StepBatch:
@@ -160,7 +162,10 @@ class RewardTask(Task):
             torch.cat([batch.chosen.attention_mask, batch.rejected.attention_mask]),
             torch.cat([batch.chosen.completion_mask, batch.rejected.completion_mask]),
         )
-        logits = score_sequences(self.model, both).float()
+        if self.states is None:
+            logits = score_sequences(self.model, both).float()
+        else:
+            logits = head_of_pooled(self.model, self.states(both))
         return logits[: len(batch)], logits[len(batch) :]
 
     def _collated(self, pairs: Sequence[EncodedPair]) -> list[PreferenceBatch]:

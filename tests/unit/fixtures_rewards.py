@@ -63,7 +63,9 @@ def with_lora(reward: RewardModel, seed: int = 1) -> Lora:
 
 def ensemble_of(members: Sequence[RewardModel], penalty: float = 0.0, **changes: Any) -> EnsembleRewardModel:
     """The members as one, none of them centred; `changes` go to the format of the whole."""
-    return EnsembleRewardModel(members, replace(members[0].format, **changes), [0.0] * len(members), [1.0] * len(members), penalty)
+    return EnsembleRewardModel(
+        members, replace(members[0].format, **changes), [0.0] * len(members), [1.0] * len(members), penalty
+    )
 
 
 def save_all(members: Sequence[RewardModel], folder: Path) -> list[Path]:
