@@ -27,7 +27,10 @@ _KEYS = {
     ),
     "train-rm": (
         ("rm.train.epochs, rm.train.lr", "how long, how fast"),
-        ("data.swap_rate", "label noise of data=reviews"),
+        ("rm.loss, rm.read_out", "rm=distributional: probability of a pair, reward of a distribution"),
+        ("rm.members, rm.kind, rm.selection", "rm=warm|ensemble: how many, scalar or distributional, which count"),
+        ("rm.member", "this member alone, for a sweep that trains them side by side"),
+        ("rm.label_swap_rate", "label noise; data.swap_rate is data=reviews' own"),
         ("sft.path", "start from this SFT model instead of building one"),
     ),
     "train-policy": (
@@ -52,7 +55,8 @@ _EXAMPLES = {
     ),
     "train-rm": (
         "rlhf train-rm",
-        "rlhf train-rm data.swap_rate=0.25 seed=1",
+        "rlhf train-rm rm=distributional rm.loss=half_tie rm.read_out=cvar",
+        "rlhf train-rm rm=warm rm.members=6 rm.label_swap_rate=0.25",
         "rlhf train-rm -m seed=0,1,2",
     ),
     "train-policy": (
@@ -113,7 +117,8 @@ def sweep_help() -> str:
     examples = (
         "rlhf sweep train-policy algo=rloo algo.k=2,4 algo.beta=0.05,0.2 seed=0,1",
         "rlhf sweep train-policy algo=reinforce,rloo seed=0,1,2",
-        "rlhf sweep train-rm data.swap_rate=0,0.25 rm.seed=0 seed=0,1",
+        "rlhf sweep train-rm rm=scalar,distributional rm.label_swap_rate=0,0.25 seed=0,1",
+        "rlhf sweep train-rm rm=warm rm.members=4 rm.member=0,1,2,3 hydra/launcher=joblib",
     )
     return "\n\n".join(
         [

@@ -23,14 +23,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import stats
 from scipy.special import expit
 from torch import Tensor
 
 from rlhf_cli.data.dataset import GoldReward
+from rlhf_cli.data.tokenise import TokenPair, collate
 from rlhf_cli.evaluation.statistics import Bootstrap, Estimate, expected_calibration_error
-from rlhf_cli.rewards.model import MAX_ROWS, Scorer
+from rlhf_cli.models.positions import max_positions
+from rlhf_cli.rewards.ensemble import EnsembleRewardModel
+from rlhf_cli.rewards.model import MAX_ROWS, RewardFormat, RewardModel, Scorer, logits_of_rows, score_sequences
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.types import Preference, Scores
 
@@ -135,28 +139,39 @@ def score_pairs(
 
 
 def consistency(reward_model: Scorer, pairs: Sequence[Preference], precision: Precision) -> float:
-    """Largest difference of a raw reward scored in another company, over the completions of the first 64 pairs.
+    """Largest difference of a raw score in another company, over the completions of the first 64 pairs.
 
-    All together is compared with one at a time, another batch size, another order and more padding.
-    Above the rounding of the precision it means that what a completion is worth depends on its neighbours.
+    Each alone is compared with batches of 7 as they stand, padded on the right, on the left and to twice the width,
+    and with all of them scored at once. Above the rounding of the precision it means that what a completion is worth
+    depends on its neighbours. Of several models it is the largest of theirs.
     """
-    rows = [(pair.prompt, text) for pair in pairs[:CONSISTENCY_PAIRS] for text in (pair.chosen, pair.rejected)]
-    # longer than all of them, or at the cap: what is scored with it is padded to its length
-    longest = (rows[0][0], " ".join(text for _, text in rows))
+    sides = [(pair.prompt, text) for pair in pairs[:CONSISTENCY_PAIRS] for text in (pair.chosen, pair.rejected)]
+    prompts, texts = zip(*sides, strict=True)
+    rows = reward_model.format.encode_all(reward_model.tokenizer, prompts, texts)
+    models = reward_model.members if isinstance(reward_model, EnsembleRewardModel) else [reward_model]
+    return max(_inconsistency(one, reward_model.format, rows, precision) for one in models)
 
-    def raw(asked: Sequence[Any], batch_size: int) -> Column:
-        prompts, texts = zip(*asked, strict=True)
-        with precision.autocast():
-            return reward_model.score(prompts, texts, batch_size=batch_size).raw.double().numpy()
 
-    usual = raw(rows, len(rows))
-    others = (
-        raw(rows, 1),
-        raw(rows, _OTHER_BATCH),
-        raw(rows[::-1], len(rows))[::-1],
-        raw([*rows, longest], len(rows) + 1)[:-1],
-    )
-    return max(float(np.abs(usual - other).max()) for other in others)
+@torch.no_grad()
+def _inconsistency(
+    one: RewardModel, text_format: RewardFormat, rows: Sequence[TokenPair], precision: Precision
+) -> float:
+    pad_id, longest = int(one.tokenizer.pad_token_id), max(len(prompt) + len(text) for prompt, text in rows)
+    limit = max_positions(one.model)
+    wide = 2 * longest if limit is None else min(2 * longest, limit)
+
+    def raw(size: int, side: str = "right", width: int | None = None) -> Tensor:
+        parts = [
+            score_sequences(one.model, collate(rows[i : i + size], pad_id, side, width).to(one.model.device))
+            for i in range(0, len(rows), size)
+        ]
+        return text_format.raw(torch.cat(parts).float().cpu())
+
+    with precision.autocast():
+        alone = raw(1)
+        together = text_format.raw(logits_of_rows(one.model, one.tokenizer, rows))
+        others = (together, raw(_OTHER_BATCH), raw(_OTHER_BATCH, "left"), raw(_OTHER_BATCH, "right", wide))
+    return max(float((alone - other).abs().max()) for other in others)
 
 
 def summarise_pairs(scores: PairScores, num_resamples: int, seed: int) -> dict[str, Estimate]:

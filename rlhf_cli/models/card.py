@@ -77,12 +77,17 @@ def _introduction(card: Card) -> str:
     return _INTRODUCTIONS[card.stage]
 
 
+def _less(settings: Mapping[str, object]) -> str:
+    penalty = settings.get("rm.disagreement_penalty")
+    return f", less {penalty} times their disagreement" if penalty else ""
+
+
 def _of_reward_model(settings: Mapping[str, object]) -> str:
     name = settings.get("rm.name")
     begins = {
         "warm": "A reward model whose weights are the mean of several models' weights (WARM): a",
         "ensemble": f"Several reward models, in folders that {INDEX_FILE} names; their reward is that of their mean "
-        "prediction. Each is a",
+        f"prediction{_less(settings)}. Each is a",
     }.get(str(name), "A reward model: a")
     labels = "one label, whose logit is the score of prompt and completion together"
     if "distributional" in (name, settings.get("rm.kind")):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,6 +89,29 @@ def margin_histograms(path: str | Path, panels: Sequence[MarginPanel], title: st
             axes.legend(loc="upper left", fontsize="small")
 
 
+def members_curve(path: str | Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Accuracy on the selection split of the first 1, 2, ... members, the best first: each alone, and averaged.
+
+    Args:
+        path: of the picture.
+        rows: lines of metrics.jsonl with "step", the number of members, and the three figures under "selection/".
+    """
+    lines = {
+        "member": "the one that joins",
+        "weight_average": "mean of the weights",
+        "ensemble": "mean of the predictions",
+    }
+    with new_figure(path, (6.0, 4.0), "Members, best first") as figure:
+        axes = figure.subplots()
+        for index, (key, name) in enumerate(lines.items()):
+            points = [(row["step"], row[f"selection/{key}"]) for row in rows]
+            axes.plot(*zip(*points, strict=True), color=colour(index), marker=marker(index), label=name)
+        axes.set_xlabel("members")
+        axes.set_ylabel("accuracy on the validation pairs")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(fontsize="small")
+
+
 def reliability_diagram(
     path: str | Path,
     panels: Sequence[ReliabilityPanel],
@@ -109,8 +132,8 @@ def reliability_diagram(
             above.set_title(panel.title)
             above.set_ylabel("accuracy")
             above.set_xlim(0.49, 1.01)
-            above.set_ylim(min(0.38, above.get_ylim()[0]), 1.02)
-            above.legend(loc="lower right", fontsize="small")
+            above.set_ylim(min(0.38, above.get_ylim()[0]), 1.22)  # room for the legend
+            above.legend(loc="upper left", fontsize="small")
             below.set_xlabel("confidence: P of the likelier side")
             below.set_ylabel("pairs")
             below.grid(axis="x", visible=False)

@@ -390,7 +390,14 @@ def read_format(key: str, path: str, stored: Mapping[str, Any]) -> RewardFormat:
     absent = sorted({field.name for field in fields(RewardFormat) if field.default is MISSING} - set(stored))
     if absent:
         raise RequestError(f"{key}={path}: {CONFIG_KEY} has no {', '.join(absent)}")
-    found = RewardFormat(**{**stored, "opponent": tuple(stored.get("opponent", ()))})
+    found = RewardFormat(**{**stored, "opponent": tuple(stored.get("opponent") or ())})
+    for name, number, is_positive in (
+        ("mean", found.mean, False),
+        ("std", found.std, True),
+        ("temperature", found.temperature, True),
+    ):
+        if not isinstance(number, float | int) or not math.isfinite(number) or (is_positive and number <= 0):
+            raise RequestError(f"{key}={path}: {CONFIG_KEY} has {name} {number}")
     for name, value, allowed in (
         ("grade_loss", found.grade_loss, [None, *(one.value for one in GradeLoss)]),
         ("read_out", found.read_out, [one.value for one in ReadOut]),

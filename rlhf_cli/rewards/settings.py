@@ -199,6 +199,7 @@ class MembersRm(Margins, Grades, RmConfig):
         """Raises RequestError for impossible values."""
         super().check()
         self.check_grades(self.standardize)
+        self._check_unread()
         if self.members < 1:
             raise bad_value("rm.members", self.members, "a whole number >= 1")
         if self.member is not None and not 0 <= self.member < self.members:
@@ -209,6 +210,20 @@ class MembersRm(Margins, Grades, RmConfig):
             raise bad_value("rm.lr_factors", self.lr_factors, "numbers > 0, e.g. [0.25,1,2.5]")
         if not all(0.0 <= dropout < 1.0 for dropout in self.dropouts):
             raise bad_value("rm.dropouts", self.dropouts, "numbers from 0 to below 1, e.g. [0.05,0.1], or []")
+
+    def _check_unread(self) -> None:
+        """What the members' kind has no use for stays as it is."""
+        other = Grades if self.kind is MemberKind.scalar else Margins
+        for one in fields(other):
+            if getattr(self, one.name) != one.default:
+                expected = f"{_shown(one.default)}, because rm.kind={self.kind.value} does not read it"
+                raise bad_value(f"rm.{one.name}", _shown(getattr(self, one.name)), expected)
+        if self.dropouts and self.dropout is not None:
+            raise bad_value("rm.dropout", self.dropout, "null, or rm.dropouts=[] so that it is read")
+
+
+def _shown(value: object) -> object:
+    return value.value if isinstance(value, Enum) else value
 
 
 def _turn(number: int, length: int, others: Sequence[int]) -> int:

@@ -118,6 +118,7 @@ _CARD_KEYS = {
     "train-rm": ("rm.", "data.", "rollout.", "precision."),
     "train-policy": ("algo.", "kl.", "reward.", "rm.noise", "peft.", "data.", "rollout.", "precision."),
 }
+_OF_THE_BUILDER = ("sft.seed", "rm.seed", "rm.member")  # the card has the seed it was trained with
 _NOT_ON_CARD = (".path", ".cache_dir", ".micro_batch_size", ".samples_every", ".gradient_checkpointing")
 
 
@@ -130,7 +131,9 @@ def write_card_of(
     settings = {
         key: value
         for key, value in job.flat.items()
-        if key.startswith(_CARD_KEYS[job.command]) and not key.endswith(_NOT_ON_CARD)
+        if key.startswith(_CARD_KEYS[job.command])
+        and not key.endswith(_NOT_ON_CARD)
+        and key not in _OF_THE_BUILDER
     }
     data_path = getattr(job.config.data, "path", None)
     write_card(

@@ -18,7 +18,7 @@ from rlhf_cli.rewards.model import load_reward_model
 from rlhf_cli.rewards.settings import MembersRm
 from rlhf_cli.runs.common import write_card_of
 from rlhf_cli.runs.job import Artifact, Job
-from rlhf_cli.runs.reward import KEYS, check_rows, fit_reward_model, probe, training_pairs
+from rlhf_cli.runs.reward import KEYS, check_rows, fit_reward_model, memorised, probe, training_pairs
 from rlhf_cli.train.recorder import shared_run
 
 
@@ -60,6 +60,8 @@ def train_member(job: Job, seed: int, start: Artifact, snapshot: Artifact | None
             other, _ = load_backbone_as_classifier("sft.snapshots", snapshot.path, device, seed)
             reward_model.model.base_model.load_state_dict(other.base_model.state_dict())
         figures = fit_reward_model(job, recorder, seed, reward_model, pairs, base)
+        trained = load_reward_model("rm.path", str(job.folder / "model"), device)
+        figures |= memorised(job, trained, pairs)
         recorder.summary(figures)
         write_card_of(job, seed, start.path, upstream, figures)
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from rlhf_cli import build
 from rlhf_cli.files import write_folder_atomic
+from rlhf_cli.models.loading import parameter_counts
 from rlhf_cli.ops.merging import lerp_many
 from rlhf_cli.ops.preference_losses import wins
-from rlhf_cli.report.plots import training_curves
+from rlhf_cli.report.reward_plots import members_curve
 from rlhf_cli.rewards.ensemble import EnsembleRewardModel, save_ensemble
 from rlhf_cli.rewards.model import RewardModel, load_reward_model
 from rlhf_cli.rewards.settings import EnsembleRm, MembersRm, Selection, Standardize
@@ -65,6 +66,10 @@ def merge_members(job: Job, seed: int, sft: Artifact, members: Sequence[Artifact
         _say_ranking(recorder, ranked)
         _record_prefixes(job, recorder, ranked)
         chosen = _greedy(job, ranked) if rm.selection is Selection.greedy else ranked
+        if len(chosen) < len(ranked):
+            kept = [one.number for one in chosen]
+            left = [one.number for one in ranked if one.number not in kept]
+            recorder.message(f"members that are merged: {kept}; left out: {left}")
         scorer = _merged(job, chosen)
         _, figures = adjusted(job, scorer, sft_samples(job, seed, sft))
         say_temperature(recorder, figures)
@@ -74,6 +79,8 @@ def merge_members(job: Job, seed: int, sft: Artifact, members: Sequence[Artifact
         figures |= {
             "loss": merged.nll,
             "rm/accuracy": merged.accuracy,
+            "rm/margin": float(merged.margin.mean()),
+            "parameters/total": _num_parameters(scorer),
             "rm/members": len(chosen),
             "rm/members_trained": len(members),
             **memorised(job, scorer, training_pairs(job)),
@@ -81,8 +88,7 @@ def merge_members(job: Job, seed: int, sft: Artifact, members: Sequence[Artifact
         }
         recorder.summary(figures)
         if isinstance(recorder, RunRecorder):
-            rows = recorder.run.metrics().rows
-            training_curves(recorder.run.plots / "members.png", rows, _KEYS, "Accuracy by number of members")
+            members_curve(recorder.run.plots / "members.png", recorder.run.metrics().rows)
         write_card_of(job, seed, build.rm_base(job.config, sft.path), upstream, figures)
 
 
@@ -172,6 +178,12 @@ def _ensemble(job: Job, members: Sequence[_Member]) -> EnsembleRewardModel:
     penalty = rm.disagreement_penalty if isinstance(rm, EnsembleRm) else 0.0
     models = [one.model for one in members]
     return EnsembleRewardModel(models, build.reward_format(job.config), [0.0] * count, [1.0] * count, penalty)
+
+
+def _num_parameters(scorer: RewardModel | EnsembleRewardModel) -> int:
+    """Of all that a score is computed with."""
+    models = scorer.members if isinstance(scorer, EnsembleRewardModel) else [scorer]
+    return sum(parameter_counts(one.model)["parameters/total"] for one in models)
 
 
 def _save(scorer: RewardModel | EnsembleRewardModel, members: Sequence[_Member], folder: Path) -> None:

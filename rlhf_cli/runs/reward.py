@@ -54,7 +54,7 @@ def train_rm(job: Job, seed: int, sft: Artifact) -> None:
             probe(job, recorder, seed, reward_model, pairs)
         base = build.rm_base(config, sft.path)
         extra = fit_reward_model(job, recorder, seed, reward_model, pairs, base)
-        extra |= finished(job, recorder, seed, sft)
+        extra |= finished(job, recorder, seed, sft, pairs)
         recorder.summary(extra)
         write_card_of(job, seed, base, upstream, extra)
 
@@ -119,9 +119,7 @@ def fit_reward_model(
     task.adapter = adapter
     num_steps = rm.train.num_steps(len(pairs))
     curves = (*KEYS, "rm/margin", "grad_norm")
-    figures = train(task, rm.train, num_steps, job, recorder, seed, curves, ("rm.train.micro_batch_size",))
-    reward_model = load_reward_model("rm.path", str(job.folder / "model"), job.precision.device)
-    return figures | memorised(job, reward_model, pairs)
+    return train(task, rm.train, num_steps, job, recorder, seed, curves, ("rm.train.micro_batch_size",))
 
 
 def _task(job: Job, seed: int, reward_model: RewardModel, pairs: Sequence[Preference]) -> RewardTask:
@@ -150,15 +148,22 @@ def memorised(job: Job, scorer: Scorer, pairs: Sequence[Preference]) -> dict[str
     }
 
 
-def finished(job: Job, recorder: RunRecorder | SilentRecorder, seed: int, sft: Artifact) -> dict[str, float]:
-    """Fits temperature and scale of every model of the run and stores them with it; the figures of model/."""
+def finished(
+    job: Job, recorder: RunRecorder | SilentRecorder, seed: int, sft: Artifact, pairs: Sequence[Preference]
+) -> dict[str, float]:
+    """Fits temperature and scale of every model of the run and stores them with it; the figures of model/.
+
+    Args:
+        job, recorder, seed, sft: of the run.
+        pairs: training rows, swapped labels included.
+    """
     found: dict[str, float] = {}
     with explained_memory(MEMORY_KEYS):
         rollout = sft_samples(job, seed, sft)
         for name in reversed(_MODELS):
             folder = job.folder / name
             if job.world.from_main(folder.is_dir):
-                found = _finish(job, folder, rollout)
+                found = _finish(job, folder, rollout, pairs)
     say_temperature(recorder, found)
     return found
 
@@ -170,12 +175,15 @@ def say_temperature(recorder: RunRecorder | SilentRecorder, figures: Mapping[str
         recorder.message(f"warning: {note}")
 
 
-def _finish(job: Job, folder: Path, rollout: Rollout | None) -> dict[str, float]:
+def _finish(job: Job, folder: Path, rollout: Rollout | None, pairs: Sequence[Preference]) -> dict[str, float]:
     reward_model = load_reward_model("rm.path", str(folder), job.precision.device)
     changes, figures = adjusted(job, reward_model, rollout)
     if job.world.is_main:
         store_format(folder, **changes)
-    return figures
+    if "opponent" in changes:  # while it learned, the mean grade stood in for the win rate
+        of_validation = of_pairs(job, reward_model, job.data.pairs_validation)
+        figures |= {"rm/accuracy": of_validation.accuracy, "rm/margin": float(of_validation.margin.mean())}
+    return figures | memorised(job, reward_model, pairs)
 
 
 def adjusted(job: Job, scorer: Scorer, rollout: Rollout | None) -> tuple[dict[str, Any], dict[str, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rlhf_cli import build
 from rlhf_cli.data.tokenise import encode_examples
+from rlhf_cli.errors import bad_value
 from rlhf_cli.models.loading import resolve_path
 from rlhf_cli.runs.common import prepare, say_cuts, train, write_card_of
 from rlhf_cli.runs.job import Job
@@ -19,6 +20,8 @@ def train_sft(job: Job, seed: int) -> None:
     config, data = job.config, job.data
     settings = config.sft.train
     num_steps = settings.num_steps(len(data.sft))
+    if config.sft.snapshots >= num_steps:
+        raise bad_value("sft.snapshots", config.sft.snapshots, f"fewer than the {num_steps} optimizer steps")
     with shared_run(job.request("sft", seed, num_steps, ("loss", "eval/loss"))) as recorder:
         model, tokenizer = build.backbone("model", config.model, seed, job.precision.device)
         data.check_tokenizer("model", tokenizer)

@@ -25,6 +25,9 @@ from rlhf_cli.train.run_folder import RunFolder
 
 _KEY_FILE = "stage.json"
 
+# A larger seed was derived, not typed.
+_LARGEST_TYPED = 10**9
+
 Say = Callable[[str], None]
 
 
@@ -107,7 +110,8 @@ class _Lock:
 def _why_not_cached(cache: Path, key: StageKey) -> str:
     """The nearest cached artifact and what differs; "nothing cached" where there is none."""
     nearest: tuple[int, str, list[str]] | None = None
-    for file in sorted(cache.glob(f"{key.stage}-*/{_KEY_FILE}")):
+    own_kind = f"{key.stage}-{'[0-9a-f]' * 12}"  # rm-... is not rm-member-...
+    for file in sorted(cache.glob(f"{own_kind}/{_KEY_FILE}")):
         parts = json.loads(file.read_text(encoding="utf-8"))
         names = sorted({*parts, *key.parts})
         different = [name for name in names if parts.get(name) != key.parts.get(name)]
@@ -129,7 +133,9 @@ def _description(folder: Path) -> str:
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
-    """A changed key with its values; digests say nothing to a person."""
-    if any(isinstance(value, str) and len(value) == 64 for value in (before, now)):
+    """A changed key with its values; digests and derived seeds say nothing to a person."""
+    if any(isinstance(value, str) and len(value) >= 64 for value in (before, now)):
+        return name
+    if any(isinstance(value, int) and value > _LARGEST_TYPED for value in (before, now)):
         return name
     return f"{name} {before} -> {now}"

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from rlhf_cli.build import rm_base, starts_from_sft
-from rlhf_cli.errors import RequestError
+from rlhf_cli.errors import RequestError, bad_value
 from rlhf_cli.models.loading import resolve_path
 from rlhf_cli.rewards.settings import MembersRm, RmConfig
 from rlhf_cli.runs.job import Artifact, Job
@@ -83,6 +83,7 @@ def resolve_members(job: Job, sft: Artifact, say: Say) -> list[Artifact]:
     for number in numbers:
         member = rm.of_member(number, derive_seed(rm.seed, "member", number), len(begins))
         snapshot = begins[number % len(begins)]
+        say(f"rm: member {number} of {rm.members}, {_described(member, len(begins), snapshot)}")
         train = partial(_train_member, job, member, start, snapshot, base)
         found.append(cached(job, rm_member_key(job, member, start, snapshot, base), say, train))
     return found
@@ -107,6 +108,15 @@ def _train_member(
     train_member(_stage_job(own, folder, "train-rm"), member.seed, start, snapshot, base)
 
 
+def _described(member: RmConfig, num_starts: int, snapshot: Artifact | None) -> str:
+    own = f"lr {member.train.lr:.3g}"
+    if member.dropout is not None:
+        own += f", dropout {member.dropout:g}"
+    if num_starts > 1:
+        own += f", from {'the SFT model' if snapshot is None else Path(snapshot.path).name}"
+    return own
+
+
 def _snapshots(job: Job, sft: Artifact) -> list[Artifact]:
     """Models that the SFT run kept on its way, the latest first; none where members do not start from it.
 
@@ -114,8 +124,10 @@ def _snapshots(job: Job, sft: Artifact) -> list[Artifact]:
         RequestError: they are asked for, and the given SFT model has none.
     """
     number = job.config.sft.snapshots
-    if not number or not starts_from_sft(job.config):
+    if not number:
         return []
+    if not starts_from_sft(job.config):
+        raise bad_value("sft.snapshots", number, "0, because no member starts from the SFT model")
     folders = sorted((Path(sft.path).parent / SNAPSHOTS).glob("step-*"), reverse=True)
     if not folders:
         raise RequestError(f"sft.snapshots={number}: {sft.path} has no {SNAPSHOTS}/ beside it")
@@ -124,7 +136,8 @@ def _snapshots(job: Job, sft: Artifact) -> list[Artifact]:
 
 def _given(key: str, path: str, say: Say) -> Artifact:
     resolved = resolve_path(key, path)
-    say(f"{key.split('.')[0]}: using {resolved} ({key} is set)")
+    kept = "; read out as stored with it" if key == "rm.path" else ""
+    say(f"{key.split('.')[0]}: using {resolved} ({key} is set{kept})")
     return Artifact(resolved, file_digest(resolved))
 
 

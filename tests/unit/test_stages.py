@@ -210,7 +210,7 @@ class TestGiven:
         assert rm == Artifact(str(tmp_path / "rm"), file_digest(str(tmp_path / "rm")))
         assert watcher.said == [
             f"sft: using {model} (sft.path is set)",
-            f"rm: using {tmp_path / 'rm'} (rm.path is set)",
+            f"rm: using {tmp_path / 'rm'} (rm.path is set; read out as stored with it)",
         ]
         assert not watcher.trained and not watcher.cache.exists()
 

@@ -47,6 +47,9 @@ def test_no_temperature_is_better_and_there_is_one_valley(seed):
     z = rng.standard_normal(rng.integers(2, 60)) * 10 ** rng.uniform(-2, 2) + rng.uniform(-1, 3)
     grid = np.exp(np.linspace(-6, 6, 2001))
     nll = np.array([mean_nll(z, temperature) for temperature in grid])
+    if z.min() >= 0:
+        assert fit_temperature(z) == 1.0, "no pair is wrong: the likelihood would have every temperature lower"
+        return
     fitted = mean_nll(z, fit_temperature(z))
     assert fitted <= nll.min() + 1e-12
     assert fitted <= mean_nll(z)
@@ -60,8 +63,6 @@ def test_the_unit_of_the_log_odds_does_not_matter():
 
 
 def test_pairs_that_say_nothing_of_a_temperature_give_a_bound_and_a_note():
-    assert fit_temperature([0.5, 3.0, 0.0]) == MIN_TEMPERATURE  # all right
-    assert fit_temperature([1000.0]) == MIN_TEMPERATURE  # where the likelihood is 1 at every temperature
     assert fit_temperature([1.0, -1.0]) == MAX_TEMPERATURE  # as good as its opposite
     assert fit_temperature([-1.0, -2.0]) == MAX_TEMPERATURE
     assert "lowest" in temperature_note(MIN_TEMPERATURE) and "highest" in temperature_note(MAX_TEMPERATURE)
@@ -69,6 +70,10 @@ def test_pairs_that_say_nothing_of_a_temperature_give_a_bound_and_a_note():
     # The minimum lies beyond the bounds: 1e-3 / ln 3 and 1e4 / ln 3.
     assert fit_temperature(np.array([1, 1, 1, -1]) * 1e-3) == MIN_TEMPERATURE
     assert fit_temperature(np.array([1, 1, 1, -1]) * 1e4) == MAX_TEMPERATURE
+
+
+def test_pairs_that_are_all_right_leave_the_temperature_alone():
+    assert fit_temperature([0.5, 3.0, 0.0]) == fit_temperature([1000.0]) == 1.0
 
 
 def test_pairs_that_are_all_ties_leave_the_temperature_alone():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from fixtures_models import CPU, FP32, reward_model
 from scipy import stats
+from transformers import PreTrainedModel
 
 from rlhf_cli.evaluation.reward_models import (
     PairScores,
@@ -21,9 +22,10 @@ from rlhf_cli.evaluation.reward_models import (
     summarise_pairs,
 )
 from rlhf_cli.evaluation.statistics import Estimate
-from rlhf_cli.rewards.model import RewardModel
+from rlhf_cli.rewards.ensemble import EnsembleRewardModel
+from rlhf_cli.rewards.model import RewardModel, score_sequences
 from rlhf_cli.train.precision import Precision
-from rlhf_cli.types import Preference, Scores
+from rlhf_cli.types import Preference, Scores, Sequences
 
 PAIRS = [
     Preference("the film ", "was good .", "was bad ."),
@@ -266,7 +268,9 @@ class TestDisagreement:
     def test_it_is_read_from_the_scores(self, monkeypatch: pytest.MonkeyPatch) -> None:
         score = RewardModel.score
 
-        def of_ensemble(self: RewardModel, prompts: Sequence[str], completions: Sequence[str]) -> Scores:
+        def of_ensemble(
+            self: RewardModel, prompts: Sequence[str], completions: Sequence[str], batch_size: int
+        ) -> Scores:
             found = score(self, prompts, completions)
             return replace(found, disagreement=torch.tensor([float(len(text)) for text in completions]))
 
@@ -281,38 +285,39 @@ class TestConsistency:
     def test_a_reward_does_not_depend_on_its_neighbours(self, kind: str) -> None:
         assert 0 <= consistency(reward_model(kind), PAIRS * 5, FP32) < 1e-4
 
-    @pytest.mark.parametrize("depends_on", ["one at a time", "batch size", "order", "padding"])
+    @pytest.mark.parametrize("depends_on", ["one at a time", "batch size", "left padding", "width"])
     def test_one_that_does_is_caught(self, depends_on: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        score = RewardModel.score
+        score = score_sequences
 
-        def spoilt(
-            self: RewardModel, prompts: Sequence[str], completions: Sequence[str], batch_size: int = 128
-        ) -> Scores:
-            found = score(self, prompts, completions, batch_size=batch_size)
-            error = {
-                "one at a time": torch.full_like(found.raw, batch_size == 1),
-                "batch size": torch.full_like(found.raw, batch_size == 7),
-                "order": (torch.arange(len(prompts)) == 0).float(),
-                "padding": torch.full_like(found.raw, max(map(len, completions)) > 60),
+        def spoilt(model: PreTrainedModel, sequences: Sequences) -> torch.Tensor:
+            found = score(model, sequences)
+            is_so = {
+                "one at a time": len(sequences) == 1,
+                "batch size": len(sequences) == 7,
+                "left padding": not bool(sequences.attention_mask[:, 0].all()),
+                "width": not bool(sequences.attention_mask[:, -1].any()),
             }
-            return replace(found, raw=found.raw + error[depends_on])
+            return found + is_so[depends_on]
 
-        monkeypatch.setattr(RewardModel, "score", spoilt)
+        monkeypatch.setattr("rlhf_cli.evaluation.reward_models.score_sequences", spoilt)
         assert consistency(reward_model(), PAIRS * 5, FP32) == pytest.approx(1, abs=1e-4)
 
     def test_it_looks_at_the_first_pairs(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: list[int] = []
-        score = RewardModel.score
+        score = score_sequences
 
-        def counting(
-            self: RewardModel, prompts: Sequence[str], completions: Sequence[str], **options: int
-        ) -> Scores:
-            asked.append(len(prompts))
-            return score(self, prompts, completions, **options)
+        def counting(model: PreTrainedModel, sequences: Sequences) -> torch.Tensor:
+            asked.append(len(sequences))
+            return score(model, sequences)
 
-        monkeypatch.setattr(RewardModel, "score", counting)
+        monkeypatch.setattr("rlhf_cli.evaluation.reward_models.score_sequences", counting)
         consistency(reward_model(), PAIRS * 40, FP32)
-        assert asked == [128, 128, 128, 128, 129]
+        assert sum(asked) == 4 * 128  # alone, in sevens, on the left, wide; all at once is counted elsewhere
+
+    def test_of_several_models_it_is_the_worst(self) -> None:
+        members = [reward_model(seed=seed) for seed in (0, 1)]
+        whole = EnsembleRewardModel(members, members[0].format, [0.0, 0.0], [1.0, 1.0])
+        assert consistency(whole, PAIRS, FP32) == max(consistency(one, PAIRS, FP32) for one in members)
 
 
 class TestFiles:

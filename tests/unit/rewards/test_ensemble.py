@@ -66,7 +66,16 @@ class TestScalar:
         assert bool((after.raw < before.raw).all())
         torch.testing.assert_close(after.reward, (after.raw - 1.0) / 2.0)
         assert after.disagreement is not None
-        torch.testing.assert_close(after.disagreement, spread / 2.0)  # in the unit of the reward
+        torch.testing.assert_close(after.disagreement, spread)
+
+    def test_a_member_of_wider_scores_does_not_disagree_by_that(self, scalars: list[RewardModel]) -> None:
+        first = torch.tensor([[1.0], [2.0]])
+        whole = replace(ensemble_of(scalars[:2], 0.5), centres=[1.5, 4.5], stds=[0.5, 1.5])
+        found = whole.of_logits([first, 3 * first])
+        assert found.disagreement is not None and found.disagreement.tolist() == [0.0, 0.0]
+        apart = whole.of_logits([first, 3 * first.flip(0)])  # one std apart, about their mean
+        assert apart.disagreement is not None and apart.disagreement.tolist() == [1.0, 1.0]
+        assert apart.raw.tolist() == [3.5 - 0.5, 2.5 - 0.5], "less penalty times the mean std, 1, times 1"
 
     def test_what_a_pair_is_believed_to_be_knows_no_penalty(self, scalars: list[RewardModel]) -> None:
         one = ensemble_of(scalars, 5.0)
@@ -139,7 +148,9 @@ class TestGrades:
 @pytest.fixture
 def saved(tmp_path: Path, scalars: list[RewardModel]) -> Path:
     """A run of two members, penalty and scale included."""
-    whole = replace(ensemble_of(scalars[:2], 0.25, mean=0.5, std=2.0, temperature=1.5), centres=[0.25, -1.0])
+    whole = replace(
+        ensemble_of(scalars[:2], 0.25, mean=0.5, std=2.0, temperature=1.5), centres=[0.25, -1.0], stds=[0.5, 2.0]
+    )
     save_ensemble(tmp_path / "run" / "model", save_all(scalars[:2], tmp_path), whole)
     return tmp_path / "run" / "model"
 
@@ -148,7 +159,7 @@ class TestSaved:
     def test_it_comes_back_as_it_was(self, saved: Path, scalars: list[RewardModel]) -> None:
         loaded = load_scorer("rm.path", str(saved), CPU)
         assert isinstance(loaded, EnsembleRewardModel)
-        assert (list(loaded.centres), loaded.penalty) == ([0.25, -1.0], 0.25)
+        assert (list(loaded.centres), list(loaded.stds), loaded.penalty) == ([0.25, -1.0], [0.5, 2.0], 0.25)
         assert loaded.format == RewardFormat(20, 16, mean=0.5, std=2.0, temperature=1.5)
         whole = replace(loaded, members=scalars[:2])
         one, other = loaded.score(PROMPTS, COMPLETIONS), whole.score(PROMPTS, COMPLETIONS)
@@ -218,12 +229,14 @@ class TestBroken:
         shutil.rmtree(saved / "member-1")
         assert "member-1" in self.refused(saved)
 
-    @pytest.mark.parametrize("changes", [{"centres": [0.0]}, {"members": ["member-0"]}, {"members": []}])
+    @pytest.mark.parametrize(
+        "changes", [{"centres": [0.0]}, {"stds": [1.0]}, {"members": ["member-0"]}, {"members": []}]
+    )
     def test_other_numbers(self, changes: dict[str, object], saved: Path) -> None:
         edit_json(saved / "ensemble.json", **changes)
-        assert "does not name its members, or not a centre for each" in self.refused(saved)
+        assert "does not name its members, or not a centre and std for each" in self.refused(saved)
 
-    @pytest.mark.parametrize("key", ["members", "centres", "disagreement_penalty", "rlhf_reward"])
+    @pytest.mark.parametrize("key", ["members", "centres", "stds", "disagreement_penalty", "rlhf_reward"])
     def test_a_key_that_is_not_there(self, key: str, saved: Path) -> None:
         index = json.loads((saved / "ensemble.json").read_text())
         del index[key]

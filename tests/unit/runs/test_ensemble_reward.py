@@ -63,7 +63,7 @@ def test_a_policy_learns_from_it(run: tuple[Path, EnsembleRewardModel], tmp_path
         job = make_job(config)
         said: list[str] = []
         rm = resolve_rm(job, lambda: pytest.fail("the SFT model is not asked for"), said.append)
-        assert said == [f"rm: using {folder / 'run' / 'model'} (rm.path is set)"]
+        assert said == [f"rm: using {folder / 'run' / 'model'} (rm.path is set; read out as stored with it)"]
         train_policy(job, 0, Artifact(str(folder / "sft"), "x"), rm)
         rows = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
         rewards.append(rows[0]["reward/mean"])

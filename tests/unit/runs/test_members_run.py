@@ -29,8 +29,9 @@ HEAD = "score.weight"
 
 def job_for(folder: Path, **changes: Any) -> Job:
     config = run_config(folder, "train-rm")
-    shared = {"model": config.rm.model, "train": config.rm.train, "standardize_samples": 8, "num_grades": 4}
-    config.rm = WarmRm(**{**shared, **changes})
+    shared = {"model": config.rm.model, "train": config.rm.train, "standardize_samples": 8}
+    graded = {"num_grades": 4} if changes.get("kind") is MemberKind.distributional else {}
+    config.rm = WarmRm(**{**shared, **graded, **changes})
     config.rm.check()
     return make_job(config)
 

@@ -29,7 +29,8 @@ GRADES = 4
 def job_for(folder: Path, form: type[MembersRm], **changes: Any) -> Job:
     config = run_config(folder, "train-rm")
     shared = {"model": config.rm.model, "train": config.rm.train, "standardize_samples": 8}
-    config.rm = form(**{**shared, "num_grades": GRADES, **changes})
+    graded = {"num_grades": GRADES} if changes.get("kind") is MemberKind.distributional else {}
+    config.rm = form(**{**shared, **graded, **changes})
     config.rm.check()
     config.data.num_validation = 12
     return make_job(config)
