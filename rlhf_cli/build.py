@@ -50,7 +50,8 @@ from rlhf_cli.models.loading import (
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.settings import ModelSettings, PeftSettings
 from rlhf_cli.models.tokenizer import train_tokenizer
-from rlhf_cli.rewards.model import RewardFormat, RewardModel
+from rlhf_cli.rewards.format import RewardFormat
+from rlhf_cli.rewards.model import RewardModel
 from rlhf_cli.rewards.settings import Grades, RmConfig, RmInit
 from rlhf_cli.train.distributed import ALONE, World, own_device
 from rlhf_cli.train.precision import Precision, resolve_device, resolve_precision

@@ -32,7 +32,9 @@ from rlhf_cli.evaluation.statistics import Bootstrap, Estimate
 from rlhf_cli.models.loading import resolve_path
 from rlhf_cli.ops.merging import lerp
 from rlhf_cli.report.figures import colour, marker, new_figure
-from rlhf_cli.rewards.model import RewardFormat, RewardModel, load_reward_model, logits_of_rows
+from rlhf_cli.rewards.format import RewardFormat
+from rlhf_cli.rewards.model import RewardModel, load_reward_model
+from rlhf_cli.rewards.scoring import logits_of_rows
 from rlhf_cli.types import Preference
 
 LINES = ("weights", "predictions", "diagonal")

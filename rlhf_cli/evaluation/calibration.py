@@ -26,10 +26,10 @@ _PRECISION = 1e-9
 def fit_temperature(log_odds: ArrayLike) -> float:
     """T that minimises mean softplus(-z / T), the negative log-likelihood of the preferences.
 
-    It is convex in 1/T, so there is one minimum. Where no pair is wrong it lies at T = 0, which would make the first wrong
-    test pair infinitely unlikely: nothing is fitted then, and the result is 1. The pairs of a model that is on average
-    no better than its opposite (mean z <= 0) ask for an infinite T: the result is MAX_TEMPERATURE, and `temperature_note`
-    says what that means.
+    It is convex in 1/T, so there is one minimum. Where no pair is wrong it lies at T = 0, which would make the first
+    wrong test pair infinitely unlikely: nothing is fitted then, and the result is 1. The pairs of a model that is on
+    average no better than its opposite (mean z <= 0) ask for an infinite T: the result is MAX_TEMPERATURE, and
+    `temperature_note` says what that means.
 
     Args:
         log_odds: z [Q] of the preferred side over the other, nats.

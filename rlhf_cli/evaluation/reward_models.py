@@ -34,7 +34,9 @@ from rlhf_cli.data.tokenise import TokenPair, collate
 from rlhf_cli.evaluation.statistics import Bootstrap, Estimate, expected_calibration_error
 from rlhf_cli.models.positions import max_positions
 from rlhf_cli.rewards.ensemble import EnsembleRewardModel
-from rlhf_cli.rewards.model import MAX_ROWS, RewardFormat, RewardModel, Scorer, logits_of_rows, score_sequences
+from rlhf_cli.rewards.format import RewardFormat
+from rlhf_cli.rewards.model import RewardModel, Scorer
+from rlhf_cli.rewards.scoring import MAX_ROWS, logits_of_rows, score_sequences
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.types import Preference, Scores
 

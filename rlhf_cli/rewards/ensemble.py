@@ -19,16 +19,9 @@ from rlhf_cli.data.tokenise import TokenPair
 from rlhf_cli.errors import RequestError
 from rlhf_cli.files import write_json_atomic
 from rlhf_cli.models.settings import INDEX_FILE
-from rlhf_cli.rewards.model import (
-    MAX_ROWS,
-    RewardFormat,
-    RewardModel,
-    Scorer,
-    check_scale,
-    load_reward_model,
-    logits_of_rows,
-    read_format,
-)
+from rlhf_cli.rewards.format import RewardFormat, check_scale, read_format
+from rlhf_cli.rewards.model import RewardModel, Scorer, load_reward_model
+from rlhf_cli.rewards.scoring import MAX_ROWS, logits_of_rows
 from rlhf_cli.types import Prompt, Rollout, Scores
 
 _FORMAT_KEY = "rlhf_reward"

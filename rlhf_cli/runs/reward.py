@@ -19,7 +19,8 @@ from rlhf_cli.models.dropout import set_dropout
 from rlhf_cli.models.loading import load_causal_lm
 from rlhf_cli.ops.grades import sum_probabilities
 from rlhf_cli.rewards.ensemble import EnsembleRewardModel
-from rlhf_cli.rewards.model import RewardModel, Scorer, load_reward_model, store_format
+from rlhf_cli.rewards.format import store_format
+from rlhf_cli.rewards.model import RewardModel, Scorer, load_reward_model
 from rlhf_cli.rewards.settings import Grades, Margins, RmConfig, Standardize
 from rlhf_cli.rollout.engine import generate
 from rlhf_cli.runs.common import COUNTED_ROWS, explained_memory, prepare, say_cuts, train, write_card_of

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from rlhf_cli.rewards.model import has_linear_head, pooled_states
+from rlhf_cli.rewards.scoring import has_linear_head, pooled_states
 from rlhf_cli.train.distributed import ALONE, World
 from rlhf_cli.train.reward import RewardTask
 from rlhf_cli.types import Sequences

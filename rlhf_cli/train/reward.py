@@ -15,7 +15,8 @@ from rlhf_cli.models.adapters import Adapter
 from rlhf_cli.models.recompute import recomputing
 from rlhf_cli.ops.grades import entropy_bonus, grade_loss, sum_probabilities
 from rlhf_cli.ops.preference_losses import bradley_terry_loss, wins
-from rlhf_cli.rewards.model import RewardModel, head_of_pooled, score_sequences
+from rlhf_cli.rewards.model import RewardModel
+from rlhf_cli.rewards.scoring import head_of_pooled, score_sequences
 from rlhf_cli.settings import GradeLoss, TrainSettings
 from rlhf_cli.train.distributed import ALONE, World
 from rlhf_cli.train.loop import Evaluation, StepBatch, Task

@@ -33,7 +33,8 @@ from rlhf_cli.data.settings import ReviewsSettings
 from rlhf_cli.models.loading import build_tiny, classifier_from_lm
 from rlhf_cli.models.settings import ModelSettings
 from rlhf_cli.models.tokenizer import train_tokenizer
-from rlhf_cli.rewards.model import RewardFormat, RewardModel
+from rlhf_cli.rewards.format import RewardFormat
+from rlhf_cli.rewards.model import RewardModel
 from rlhf_cli.rewards.settings import ScalarRm
 from rlhf_cli.runs.job import Job
 from rlhf_cli.settings import TrainSettings

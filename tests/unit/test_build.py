@@ -37,7 +37,7 @@ from rlhf_cli.models.critic import SeparateCritic, SharedCritic
 from rlhf_cli.models.loading import save_model
 from rlhf_cli.models.settings import LearningRates
 from rlhf_cli.models.tokenizer import PAD_TOKEN
-from rlhf_cli.rewards.model import RewardFormat
+from rlhf_cli.rewards.format import RewardFormat
 from rlhf_cli.rewards.settings import RmInit
 from rlhf_cli.train.tracking import NullTracker, TensorBoardTracker, WandbTracker
 from rlhf_cli.types import Message

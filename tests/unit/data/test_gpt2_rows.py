@@ -27,7 +27,8 @@ from rlhf_cli.data.settings import (
 from rlhf_cli.data.tokenise import encode_completion, encode_prompt, render_prompt
 from rlhf_cli.models.loading import classifier_from_lm
 from rlhf_cli.models.tokenizer import ensure_pad_token
-from rlhf_cli.rewards.model import RewardFormat, RewardModel
+from rlhf_cli.rewards.format import RewardFormat
+from rlhf_cli.rewards.model import RewardModel
 from rlhf_cli.train.reward import encode
 from rlhf_cli.types import Preference
 
@@ -126,6 +127,6 @@ def test_ids_at_scoring_are_those_of_training(
             scored.append(ids[mask].tolist())
         return torch.zeros(len(batch.ids))  # type: ignore[attr-defined]
 
-    monkeypatch.setattr("rlhf_cli.rewards.model.score_sequences", remember)
+    monkeypatch.setattr("rlhf_cli.rewards.scoring.score_sequences", remember)
     reward.score([row.prompt for row in rows], [row.chosen for row in rows])
     assert sorted(scored) == sorted(trained)

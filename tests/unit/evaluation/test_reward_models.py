@@ -23,7 +23,8 @@ from rlhf_cli.evaluation.reward_models import (
 )
 from rlhf_cli.evaluation.statistics import Estimate
 from rlhf_cli.rewards.ensemble import EnsembleRewardModel
-from rlhf_cli.rewards.model import RewardModel, score_sequences
+from rlhf_cli.rewards.model import RewardModel
+from rlhf_cli.rewards.scoring import score_sequences
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.types import Preference, Scores, Sequences
 

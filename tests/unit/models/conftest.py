@@ -10,7 +10,8 @@ from fixtures_architectures import ALL, DECODERS, Hub, Loaded
 from fixtures_models import CPU
 
 from rlhf_cli.models.loading import load_backbone_as_classifier, load_causal_lm
-from rlhf_cli.rewards.model import RewardFormat, RewardModel
+from rlhf_cli.rewards.format import RewardFormat
+from rlhf_cli.rewards.model import RewardModel
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,8 @@ from rlhf_cli.models.loading import (
 )
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.settings import PeftSettings
-from rlhf_cli.rewards.model import RewardModel, load_reward_model, score_sequences
+from rlhf_cli.rewards.model import RewardModel, load_reward_model
+from rlhf_cli.rewards.scoring import score_sequences
 from rlhf_cli.rollout.engine import Sampling, generate
 from rlhf_cli.types import PromptBatch, Rollout
 

@@ -24,7 +24,9 @@ from rlhf_cli.models.loading import (
 from rlhf_cli.models.recompute import enable_recomputation, recomputing
 from rlhf_cli.models.settings import PeftSettings
 from rlhf_cli.models.vocabulary import tokens_only
-from rlhf_cli.rewards.model import RewardFormat, RewardModel, score_sequences
+from rlhf_cli.rewards.format import RewardFormat
+from rlhf_cli.rewards.model import RewardModel
+from rlhf_cli.rewards.scoring import score_sequences
 
 ROWS = [([5, 6, 7], [8, 9]), ([10], [11, 12, 13])]
 WIDTH = 3

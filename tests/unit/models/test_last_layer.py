@@ -26,7 +26,7 @@ from rlhf_cli.models.last_layer import freeze_below_last_layer, has_tied_head
 from rlhf_cli.models.loading import parameter_counts
 from rlhf_cli.models.recompute import enable_recomputation, recomputing
 from rlhf_cli.models.settings import PeftSettings
-from rlhf_cli.rewards.model import score_sequences
+from rlhf_cli.rewards.scoring import score_sequences
 from rlhf_cli.runs.common import prepare
 from rlhf_cli.settings import TrainSettings
 

@@ -13,7 +13,7 @@ from rlhf_cli.models.causal import sequence_logits
 from rlhf_cli.models.loading import classifier_from_lm, load_causal_lm, parameter_counts, save_model
 from rlhf_cli.models.lora import Lora, add_lora, plain_weights
 from rlhf_cli.models.settings import PeftSettings
-from rlhf_cli.rewards.model import score_sequences
+from rlhf_cli.rewards.scoring import score_sequences
 
 ROWS = [([5, 6, 7], [8, 9]), ([10], [11, 12, 13])]
 LORA = PeftSettings(name="lora", r=2, alpha=8.0)

@@ -16,7 +16,8 @@ from fixtures_rewards import COMPLETIONS, GRADES, PROMPTS, ensemble_of, graded_m
 from rlhf_cli.errors import RequestError
 from rlhf_cli.models.loading import save_model
 from rlhf_cli.rewards.ensemble import EnsembleRewardModel, load_scorer, save_ensemble
-from rlhf_cli.rewards.model import RewardFormat, RewardModel
+from rlhf_cli.rewards.format import RewardFormat
+from rlhf_cli.rewards.model import RewardModel
 from rlhf_cli.stages.keys import file_digest
 
 SCALARS = [torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [-4.0]]), torch.tensor([[5.0], [8.0]])]

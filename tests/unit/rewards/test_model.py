@@ -15,7 +15,9 @@ from fixtures_models import CPU, byte_tokenizer, edit_json, reward_model, tiny_l
 from rlhf_cli.data.tokenise import collate, encode_completion, encode_prompt
 from rlhf_cli.errors import RequestError
 from rlhf_cli.models.loading import save_model
-from rlhf_cli.rewards.model import RewardFormat, RewardModel, load_reward_model, score_sequences, store_format
+from rlhf_cli.rewards.format import RewardFormat, store_format
+from rlhf_cli.rewards.model import RewardModel, load_reward_model
+from rlhf_cli.rewards.scoring import score_sequences
 from rlhf_cli.train.reward import encode
 from rlhf_cli.types import Message, Preference
 
@@ -124,7 +126,7 @@ class TestFormat:
                 scored[len(scored)] = ids[real].tolist()
             return torch.zeros(len(sequences.ids), 1)
 
-        monkeypatch.setattr("rlhf_cli.rewards.model.score_sequences", spy)
+        monkeypatch.setattr("rlhf_cli.rewards.scoring.score_sequences", spy)
         reward.score([pair.prompt for pair in pairs], [pair.chosen for pair in pairs], batch_size=2)
         assert sorted(scored.values()) == sorted([*prompt, *completion] for prompt, completion in trained)
         tokenizer = reward.tokenizer

@@ -14,7 +14,8 @@ import torch
 from fixtures_rewards import GRADES, any_model, ensemble_of, save_all, with_lora
 
 from rlhf_cli.rewards.ensemble import save_ensemble
-from rlhf_cli.rewards.model import RewardModel, logits_of_rows
+from rlhf_cli.rewards.model import RewardModel
+from rlhf_cli.rewards.scoring import logits_of_rows
 from rlhf_cli.runs.merged_reward import averaged
 
 # One process for all models: most of its time goes into importing transformers.

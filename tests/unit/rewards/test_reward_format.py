@@ -13,7 +13,8 @@ from fixtures_models import CPU, edit_json, reward_model
 from fixtures_rewards import COMPLETIONS, GRADES, PROMPTS, graded_model
 
 from rlhf_cli.errors import RequestError
-from rlhf_cli.rewards.model import RewardFormat, load_reward_model, read_format, store_format
+from rlhf_cli.rewards.format import RewardFormat, read_format, store_format
+from rlhf_cli.rewards.model import load_reward_model
 from rlhf_cli.settings import GradeLoss
 from rlhf_cli.types import Scores
 

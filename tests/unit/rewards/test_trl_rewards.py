@@ -27,7 +27,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from trl import RLOOConfig, RLOOTrainer
 
-from rlhf_cli.rewards.model import RewardFormat, RewardModel, load_reward_model, store_format
+from rlhf_cli.rewards.format import RewardFormat, store_format
+from rlhf_cli.rewards.model import RewardModel, load_reward_model
 from rlhf_cli.runs.merged_reward import averaged
 
 PROMPTS = ["the film was", "a warm", "the plot", "funny"]

@@ -8,7 +8,7 @@ import torch
 from rlhf_cli.data.tokenise import collate
 from rlhf_cli.models.causal import full_kls, sequence_logprobs, token_logprobs
 from rlhf_cli.models.loading import classifier_from_lm
-from rlhf_cli.rewards.model import score_sequences
+from rlhf_cli.rewards.scoring import score_sequences
 
 ROWS = [
     ([3, 4, 5], [6, 7, 1]),

@@ -16,7 +16,7 @@ from rlhf_cli.algos.reinforce import Reinforce
 from rlhf_cli.algos.vanilla_pg import VanillaPg
 from rlhf_cli.config.schema import RunConfig
 from rlhf_cli.models.loading import save_model
-from rlhf_cli.rewards.model import store_format
+from rlhf_cli.rewards.format import store_format
 from rlhf_cli.runs import policy, scoring
 from rlhf_cli.runs.job import Artifact
 from rlhf_cli.settings import KlEstimator, KlPlacement, KlSettings

@@ -15,7 +15,8 @@ from fixtures_rewards import GRADES, any_model, ensemble_of
 from rlhf_cli.evaluation.calibration import fit_temperature
 from rlhf_cli.evaluation.reward_models import score_pairs
 from rlhf_cli.models.loading import save_model
-from rlhf_cli.rewards.model import RewardFormat, Scorer, load_reward_model
+from rlhf_cli.rewards.format import RewardFormat
+from rlhf_cli.rewards.model import Scorer, load_reward_model
 from rlhf_cli.rewards.settings import DistributionalRm, RmConfig, ScalarRm, Standardize
 from rlhf_cli.runs import reward as module
 from rlhf_cli.runs.job import Artifact, Job

@@ -15,7 +15,7 @@ from scipy.special import expit
 from study import cell, reviews_of, table
 
 from rlhf_cli.evaluation.statistics import Estimate, expected_calibration_error
-from rlhf_cli.rewards.model import RewardFormat
+from rlhf_cli.rewards.format import RewardFormat
 from rlhf_cli.settings import GradeLoss
 from rlhf_cli.types import Preference, Scores
 

@@ -19,7 +19,8 @@ from rlhf_cli.algos.rloo import Rloo
 from rlhf_cli.algos.vanilla_pg import VanillaPg
 from rlhf_cli.data.tokenise import encode_examples
 from rlhf_cli.models.loading import classifier_from_lm
-from rlhf_cli.rewards.model import RewardFormat, RewardModel
+from rlhf_cli.rewards.format import RewardFormat
+from rlhf_cli.rewards.model import RewardModel
 from rlhf_cli.rollout.engine import Sampling
 from rlhf_cli.settings import KlEstimator, KlPlacement, KlSettings, TrainSettings
 from rlhf_cli.train.policy import PolicyTask

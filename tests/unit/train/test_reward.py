@@ -9,7 +9,8 @@ import torch
 from fixtures_models import CPU, FP32, reward_model
 
 from rlhf_cli.data.rows import Drawn
-from rlhf_cli.rewards.model import RewardModel, load_reward_model, score_sequences
+from rlhf_cli.rewards.model import RewardModel, load_reward_model
+from rlhf_cli.rewards.scoring import score_sequences
 from rlhf_cli.settings import TrainSettings
 from rlhf_cli.train.optim import build_optimizer
 from rlhf_cli.train.precision import Precision
