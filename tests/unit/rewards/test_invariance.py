@@ -10,7 +10,7 @@ import torch
 from fixtures_rewards import COMPLETIONS, GRADES, PROMPTS, any_model, ensemble_of, with_lora
 
 from rlhf_cli.data.tokenise import collate
-from rlhf_cli.rewards import model as module
+from rlhf_cli.rewards import scoring as module
 from rlhf_cli.rewards.scoring import RewardModel, Scorer
 from rlhf_cli.runs.merged_reward import averaged
 
