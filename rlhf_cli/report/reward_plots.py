@@ -132,7 +132,9 @@ def reliability_diagram(
             above.set_title(panel.title)
             above.set_ylabel("accuracy")
             above.set_xlim(0.49, 1.01)
-            above.set_ylim(min(0.38, above.get_ylim()[0]), 1.22)  # room for the legend
+            lowest = min(0.38, above.get_ylim()[0])
+            above.set_yticks([tick for tick in above.get_yticks() if tick <= 1])
+            above.set_ylim(lowest, 1.22)  # room for the legend
             above.legend(loc="upper left", fontsize="small")
             below.set_xlabel("confidence: P of the likelier side")
             below.set_ylabel("pairs")
