@@ -36,7 +36,7 @@ _KEYS = {
     "train-policy": (
         ("algo.k, algo.beta", "samples per prompt, weight of the KL"),
         ("algo.train.steps, algo.train.lr", "how long, how fast"),
-        ("reward.rm, reward.gold, reward.length, ...", "weights of the reward's terms"),
+        ("reward.rm, reward.gold, reward.length", "weights of the reward's terms; there are more"),
         ("kl.placement, kl.estimator", "the KL in the reward (k1) or in the loss (k2)"),
         ("sft.path, rm.path", "use these models instead of building them"),
     ),

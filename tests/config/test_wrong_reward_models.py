@@ -125,6 +125,22 @@ WRONG: dict[str, tuple[list[str], str]] = {
         ["rm=warm", "rm.dropout=2"],
         "rm.dropout=2.0: expected a number from 0 to below 1, or null",
     ),
+    "grades of scalar members": (
+        ["rm=warm", "rm.read_out=cvar"],
+        "rm.read_out=cvar: expected mean, because rm.kind=scalar does not read it",
+    ),
+    "margins of distributional members": (
+        ["rm=ensemble", "rm.kind=distributional", "rm.use_margin=true"],
+        "rm.use_margin=True: expected False, because rm.kind=distributional does not read it",
+    ),
+    "a dropout beside those of the members": (
+        ["rm=warm", "rm.dropout=0.3"],
+        "rm.dropout=0.3: expected null, or rm.dropouts=[] so that it is read",
+    ),
+    "a penalty without a scale": (
+        ["rm=ensemble", "rm.disagreement_penalty=1", "rm.standardize=none"],
+        "rm.disagreement_penalty=1.0: expected 0 where rm.standardize=none: members are compared on SFT samples",
+    ),
     # SFT models that members may start from
     "fewer snapshots than none": (["sft.snapshots=-1"], "sft.snapshots=-1: expected a whole number >= 0"),
 }
@@ -146,12 +162,13 @@ POSSIBLE = {
         "rm.probe_steps=0",
         "rm.dropout=0",
         "rm.standardize_samples=2",
+        "rm.kind=distributional",
         "rm.num_grades=1000",
         "rm.cvar_alpha=1",
         "rm.std_weight=-1",
         "rm.members=1",
         "rm.member=0",
-        "rm.dropouts=[0,0.5]",
+        "rm.dropouts=[]",
         "rm.disagreement_penalty=0",
     ],
     "two grades": ["rm=distributional", "rm.num_grades=2", "rm.entropy_bonus=0", "rm.read_out=win_rate"],

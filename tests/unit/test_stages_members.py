@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fixtures_models import make_job, run_config, tiny_settings
 
+from rlhf_cli.errors import RequestError
 from rlhf_cli.rewards.settings import EnsembleRm, MembersRm, RmInit, Selection, WarmRm
 from rlhf_cli.runs.job import Artifact, Job
 from rlhf_cli.runs.sft import SNAPSHOTS
@@ -42,7 +43,8 @@ class Watcher:
         self.starts.append(seed)
         self.write(job)
 
-    def member(self, job: Job, seed: int, start: Artifact, snapshot: Artifact | None) -> None:
+    def member(self, job: Job, seed: int, start: Artifact, snapshot: Artifact | None, base: str | None) -> None:
+        assert base in (None, start.path)
         assert job.resume and not job.tracked and Path(start.path).is_dir()
         assert job.config.rm.name == "scalar", "its own settings"
         name = None if snapshot is None else Path(snapshot.path).name
@@ -121,15 +123,29 @@ def test_weights_and_predictions_share_their_members(watcher: Watcher) -> None:
 
 def test_members_begin_from_the_sft_runs_snapshots_in_turn(watcher: Watcher) -> None:
     watcher.keep_snapshots()
+    watcher.config.sft.snapshots = 2
     found = watcher.resolve(rm(members=4))
     latest, earlier = "step-00000004", "step-00000002"
     assert [name for _, _, name in watcher.members] == [None, latest, earlier, None]
     assert len({one.digest for one in found}) == 4
 
 
-def test_another_backbone_has_no_snapshots(watcher: Watcher) -> None:
+def test_snapshots_that_no_member_can_start_from_are_refused(watcher: Watcher) -> None:
+    watcher.config.sft.snapshots = 2
+    with pytest.raises(RequestError, match=r"^sft\.snapshots=2: .* has no snapshots/ beside it"):
+        watcher.resolve(rm(members=2))
     watcher.keep_snapshots()
-    watcher.resolve(rm(members=2, init=RmInit.backbone))
+    with pytest.raises(
+        RequestError, match=r"^sft\.snapshots=2: expected 0, because no member starts from the SFT"
+    ):
+        watcher.resolve(rm(members=2, init=RmInit.backbone))
+    assert not watcher.members
+
+
+def test_snapshots_that_were_not_asked_for_are_left_alone(watcher: Watcher) -> None:
+    watcher.keep_snapshots()
+    watcher.config.sft.snapshots = 0
+    watcher.resolve(rm(members=2))
     assert [name for _, _, name in watcher.members] == [None, None]
 
 

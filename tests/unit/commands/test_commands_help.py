@@ -41,6 +41,7 @@ def test_the_keys_named_exist(command: str):
     named = [key for line in block.strip().splitlines() for key in re.split(r"  +", line.strip())[0].split(", ")]
     assert len(named) >= 5
     trees = [composed(command, []), composed(command, ["data=jsonl"])]
+    trees += [composed(command, [f"rm={kind}"]) for kind in ("distributional", "warm")]
     for key in named:
         key = key.partition("=")[0]
         assert any(OmegaConf.select(tree, key, default="absent") != "absent" for tree in trees), key

@@ -125,7 +125,7 @@ def test_ids_at_scoring_are_those_of_training(
     def remember(_: object, batch: object) -> torch.Tensor:
         for ids, mask in zip(batch.ids, batch.attention_mask, strict=True):  # type: ignore[attr-defined]
             scored.append(ids[mask].tolist())
-        return torch.zeros(len(batch.ids))  # type: ignore[attr-defined]
+        return torch.zeros(len(batch.ids), 1)  # type: ignore[attr-defined]
 
     monkeypatch.setattr("rlhf_cli.rewards.scoring.score_sequences", remember)
     reward.score([row.prompt for row in rows], [row.chosen for row in rows])

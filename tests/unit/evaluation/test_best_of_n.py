@@ -130,9 +130,7 @@ def test_samples_are_scored_in_their_places() -> None:
     found = sampled(512)
     batch = prompt_batch(byte_tokenizer(), PROMPTS, range(3), 16)
     rollout = generate(tiny_lm(), byte_tokenizer(), batch, 6, Sampling(8, 0.9), 7, 0)
-    scores = reward_model(mean=0.5, std=2.0).score(
-        rollout.prompts, rollout.completions, (~rollout.truncated).tolist()
-    )
+    scores = reward_model(mean=0.5, std=2.0).score_rollout(rollout)
     np.testing.assert_allclose(found.proxy, scores.reward.reshape(3, 6), atol=1e-5)
     assert found.gold is not None
     np.testing.assert_array_equal(found.gold // 100, [[0] * 6, [1] * 6, [2] * 6])

@@ -11,7 +11,7 @@ from fixtures_rewards import COMPLETIONS, GRADES, PROMPTS, any_model, ensemble_o
 
 from rlhf_cli.data.tokenise import collate
 from rlhf_cli.rewards import scoring as module
-from rlhf_cli.rewards.scoring import RewardModel, Scorer
+from rlhf_cli.rewards.model import RewardModel, Scorer
 from rlhf_cli.runs.merged_reward import averaged
 
 ATOL = 1e-5
