@@ -88,21 +88,6 @@ def pair_log_odds(first_logits: Tensor, second_logits: Tensor, loss: GradeLoss) 
     return log_probability(first, second) - log_probability(second, first)
 
 
-def marginal_entropy(marginal: Tensor) -> Tensor:
-    """H = -sum_k p_k log p_k of the mean distribution over grades: ln K where every grade is in use as much.
-
-    Args:
-        marginal: [K], the mean of p over a batch, which sums to one.
-
-    Returns:
-        Scalar, nats.
-
-    >>> round(marginal_entropy(torch.tensor([0.5, 0.5, 0.0])).item(), 6)
-    0.693147
-    """
-    return -torch.xlogy(marginal, marginal).sum()
-
-
 def sum_probabilities(logits: Tensor) -> Tensor:
     """sum_n p_n without gradient, [K]; over the step's micro-batches and divided by n it is the step's marginal."""
     return _log_softmax(logits.detach()).exp().sum(dim=0)

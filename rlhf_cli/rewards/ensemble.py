@@ -21,14 +21,14 @@ from rlhf_cli.files import write_json_atomic
 from rlhf_cli.models.settings import INDEX_FILE
 from rlhf_cli.rewards.format import RewardFormat, check_scale, read_format
 from rlhf_cli.rewards.model import RewardModel, Scorer, load_reward_model
-from rlhf_cli.rewards.scoring import MAX_ROWS, logits_of_rows
-from rlhf_cli.types import Prompt, Rollout, Scores
+from rlhf_cli.rewards.scoring import logits_of_rows
+from rlhf_cli.types import Scores
 
 _FORMAT_KEY = "rlhf_reward"
 
 
 @dataclass
-class EnsembleRewardModel:
+class EnsembleRewardModel(Scorer):
     """The prediction mean of M reward models that read text alike (ENS in Rame et al. 2024, arXiv:2401.12187).
 
     Scalars are averaged as they are, so that a member of wider scores counts for more; of distributions over grades
@@ -45,25 +45,12 @@ class EnsembleRewardModel:
     penalty: float = 0.0
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> PreTrainedTokenizerBase:  # type: ignore[override]
         """Of all members."""
         return self.members[0].tokenizer
 
-    def score(
-        self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[str],
-        finished: Sequence[bool] | None = None,
-        batch_size: int = MAX_ROWS,
-    ) -> Scores:
-        """Scores completions from their text, by M forward passes; see `RewardModel.score`."""
-        return self._of_rows(self.format.encode_all(self.tokenizer, prompts, completions, finished), batch_size)
-
-    def score_rollout(self, rollout: Rollout, batch_size: int = MAX_ROWS) -> Scores:
-        """Scores samples, by M forward passes; see `RewardModel.score_rollout`."""
-        return self._of_rows(self.format.encode_rollout(self.tokenizer, rollout), batch_size)
-
-    def _of_rows(self, rows: Sequence[TokenPair], batch_size: int) -> Scores:
+    def of_rows(self, rows: Sequence[TokenPair], batch_size: int) -> Scores:
+        """Scores encoded rows, by M forward passes."""
         return self.of_logits([logits_of_rows(one.model, one.tokenizer, rows, batch_size) for one in self.members])
 
     def of_logits(self, logits: Sequence[Tensor]) -> Scores:
@@ -79,10 +66,6 @@ class EnsembleRewardModel:
         disagreement = standardised.std(dim=0, correction=0)
         raw = self.format.raw(mean) - self.penalty * stds.mean() * disagreement
         return Scores(self.format.standardise(raw), raw, mean, disagreement)
-
-    def log_odds(self, chosen: Scores, rejected: Scores) -> Tensor:
-        """log P(chosen is preferred) / P(rejected is) of the mean prediction, float32 [N], before the temperature."""
-        return self.format.log_odds(chosen, rejected)
 
 
 def save_ensemble(folder: Path, members: Sequence[Path], ensemble: EnsembleRewardModel) -> None:

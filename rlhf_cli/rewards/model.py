@@ -6,10 +6,11 @@ that transformers loads it without any code from here and gives the raw logits.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,46 +26,15 @@ from rlhf_cli.rewards.scoring import MAX_ROWS, logits_of_rows
 from rlhf_cli.types import Prompt, Rollout, Scores
 
 
-class Scorer(Protocol):
-    """What gives rewards: one reward model, or several."""
+class Scorer(ABC):
+    """What gives rewards: one reward model, or several that read text alike."""
 
-    format: RewardFormat
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Of the model, or of all of them."""
-        ...
-
-    def score(
-        self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[str],
-        finished: Sequence[bool] | None = None,
-        batch_size: int = MAX_ROWS,
-    ) -> Scores:
-        """Scores completions from their text; see `RewardModel.score`."""
-        ...
-
-    def score_rollout(self, rollout: Rollout, batch_size: int = MAX_ROWS) -> Scores:
-        """Scores samples; see `RewardModel.score_rollout`."""
-        ...
-
-    def log_odds(self, chosen: Scores, rejected: Scores) -> Tensor:
-        """log P(chosen is preferred) / P(rejected is), float32 [N], before the temperature."""
-        ...
-
-
-@dataclass
-class RewardModel:
-    """A reward r(x, y) from one classifier, scalar or over grades."""
-
-    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     format: RewardFormat
 
-    def encode(self, prompt: Prompt, completion: str, finished: bool = True) -> TokenPair:
-        """Ids of a row, exactly as in training; EOS is appended to finished completions only."""
-        return self.format.encode(self.tokenizer, prompt, completion, finished)
+    @abstractmethod
+    def of_rows(self, rows: Sequence[TokenPair], batch_size: int) -> Scores:
+        """Scores encoded rows; on the CPU, in the order given."""
 
     def score(
         self,
@@ -84,20 +54,34 @@ class RewardModel:
         Returns:
             Scores on the CPU, in the order given.
         """
-        return self._of_rows(self.format.encode_all(self.tokenizer, prompts, completions, finished), batch_size)
+        return self.of_rows(self.format.encode_all(self.tokenizer, prompts, completions, finished), batch_size)
 
     def score_rollout(self, rollout: Rollout, batch_size: int = MAX_ROWS) -> Scores:
         """Scores samples, from the sampled ids where the tokenizers match; a cut one has no EOS to score."""
-        return self._of_rows(self.format.encode_rollout(self.tokenizer, rollout), batch_size)
+        return self.of_rows(self.format.encode_rollout(self.tokenizer, rollout), batch_size)
 
-    def _of_rows(self, rows: Sequence[TokenPair], batch_size: int) -> Scores:
+    def log_odds(self, chosen: Scores, rejected: Scores) -> Tensor:
+        """log P(chosen is preferred) / P(rejected is), float32 [N], before the temperature; of several: of their mean."""
+        return self.format.log_odds(chosen, rejected)
+
+
+@dataclass
+class RewardModel(Scorer):
+    """A reward r(x, y) from one classifier, scalar or over grades."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    format: RewardFormat
+
+    def encode(self, prompt: Prompt, completion: str, finished: bool = True) -> TokenPair:
+        """Ids of a row, exactly as in training; EOS is appended to finished completions only."""
+        return self.format.encode(self.tokenizer, prompt, completion, finished)
+
+    def of_rows(self, rows: Sequence[TokenPair], batch_size: int) -> Scores:
+        """Scores encoded rows."""
         logits = logits_of_rows(self.model, self.tokenizer, rows, batch_size)
         raw = self.format.raw(logits)
         return Scores(reward=self.format.standardise(raw), raw=raw, logits=logits)
-
-    def log_odds(self, chosen: Scores, rejected: Scores) -> Tensor:
-        """log P(chosen is preferred) / P(rejected is), float32 [N], before the temperature."""
-        return self.format.log_odds(chosen, rejected)
 
     def save(self, folder: Path, adapter: Adapter | None = None) -> None:
         """Writes a Hugging Face folder; an adapter is merged into it."""

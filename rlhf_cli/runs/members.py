@@ -60,8 +60,8 @@ def train_member(job: Job, seed: int, start: Artifact, snapshot: Artifact | None
             other, _ = load_backbone_as_classifier("sft.snapshots", snapshot.path, device, seed)
             reward_model.model.base_model.load_state_dict(other.base_model.state_dict())
         figures = fit_reward_model(job, recorder, seed, reward_model, pairs, base)
-        trained = load_reward_model("rm.path", str(job.folder / "model"), device)
-        figures |= memorised(job, trained, pairs)
+        trained = str(job.folder / "model")
+        figures |= memorised(job, lambda: load_reward_model("rm.path", trained, device), pairs)
         recorder.summary(figures)
         write_card_of(job, seed, start.path, upstream, figures)
 

@@ -83,7 +83,7 @@ def merge_members(job: Job, seed: int, sft: Artifact, members: Sequence[Artifact
             "parameters/total": _num_parameters(scorer),
             "rm/members": len(chosen),
             "rm/members_trained": len(members),
-            **memorised(job, scorer, training_pairs(job)),
+            **memorised(job, lambda: scorer, training_pairs(job)),
             "time_s": time.perf_counter() - began,
         }
         recorder.summary(figures)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -135,8 +135,14 @@ def _task(job: Job, seed: int, reward_model: RewardModel, pairs: Sequence[Prefer
     )
 
 
-def memorised(job: Job, scorer: Scorer, pairs: Sequence[Preference]) -> dict[str, float]:
-    """Accuracy on training rows with swapped labels, by those labels, and on the others; nothing without swaps."""
+def memorised(job: Job, load: Callable[[], Scorer], pairs: Sequence[Preference]) -> dict[str, float]:
+    """Accuracy on training rows with swapped labels, by those labels, and on the others; nothing without swaps.
+
+    Args:
+        job: its rows and settings.
+        load: gives the trained reward model; called only where labels were swapped.
+        pairs: training rows, swapped labels included.
+    """
     seen = list(islice(pairs, 2 * COUNTED_ROWS))
     parts = {
         name: [pair for pair in seen if pair.swapped is swapped][:COUNTED_ROWS]
@@ -144,6 +150,7 @@ def memorised(job: Job, scorer: Scorer, pairs: Sequence[Preference]) -> dict[str
     }
     if not parts["corrupted"]:
         return {}
+    scorer = load()
     return {
         f"rm/train_{name}/accuracy": of_pairs(job, scorer, rows).accuracy for name, rows in parts.items() if rows
     }
@@ -164,7 +171,8 @@ def finished(
         for name in reversed(_MODELS):
             folder = job.folder / name
             if job.world.from_main(folder.is_dir):
-                found = _finish(job, folder, rollout, pairs)
+                found = _finish(job, folder, rollout)
+        found |= memorised(job, lambda: _trained(job, job.folder / "model"), pairs)
     say_temperature(recorder, found)
     return found
 
@@ -176,15 +184,19 @@ def say_temperature(recorder: RunRecorder | SilentRecorder, figures: Mapping[str
         recorder.message(f"warning: {note}")
 
 
-def _finish(job: Job, folder: Path, rollout: Rollout | None, pairs: Sequence[Preference]) -> dict[str, float]:
-    reward_model = load_reward_model("rm.path", str(folder), job.precision.device)
+def _finish(job: Job, folder: Path, rollout: Rollout | None) -> dict[str, float]:
+    reward_model = _trained(job, folder)
     changes, figures = adjusted(job, reward_model, rollout)
     if job.world.is_main:
         store_format(folder, **changes)
     if "opponent" in changes:  # while it learned, the mean grade stood in for the win rate
         of_validation = of_pairs(job, reward_model, job.data.pairs_validation)
         figures |= {"rm/accuracy": of_validation.accuracy, "rm/margin": float(of_validation.margin.mean())}
-    return figures | memorised(job, reward_model, pairs)
+    return figures
+
+
+def _trained(job: Job, folder: Path) -> RewardModel:
+    return load_reward_model("rm.path", str(folder), job.precision.device)
 
 
 def adjusted(job: Job, scorer: Scorer, rollout: Rollout | None) -> tuple[dict[str, Any], dict[str, float]]:

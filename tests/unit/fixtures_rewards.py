@@ -74,3 +74,8 @@ def save_all(members: Sequence[RewardModel], folder: Path) -> list[Path]:
     for member, place in zip(members, folders, strict=True):
         member.save(place)
     return folders
+
+
+def marginal_entropy(marginal: torch.Tensor) -> torch.Tensor:
+    """H = -sum_k p_k log p_k of a mean distribution over grades [K], nats."""
+    return -torch.xlogy(marginal, marginal).sum()

@@ -83,5 +83,12 @@ def test_the_benchmark_measures(form: str) -> None:
     assert set(result) >= {"load_s", "digest_s", "load_again_s", "file_gib"}
 
 
+def test_the_memory_of_the_process_that_starts_the_benchmark_is_not_counted() -> None:
+    held = bytearray(os.urandom(MIB)) * 1024
+    done = run("--rows", "200", "--form", "pairs")
+    assert len(held) == 1024 * MIB and done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["start_gib"] < 0.9
+
+
 def test_the_benchmark_fails_above_its_limit() -> None:
     assert run("--rows", "200", "--form", "pairs", "--max-gib", "0.001").returncode == 1

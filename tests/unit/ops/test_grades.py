@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from fixtures_rewards import marginal_entropy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,7 +11,6 @@ from rlhf_cli.ops.grades import (
     entropy_bonus,
     grade_loss,
     log_pair_probability,
-    marginal_entropy,
     mean_grade,
     pair_log_odds,
     read_out,
@@ -195,11 +195,6 @@ def test_the_bonus_is_finite_where_a_grade_is_never_used():
     (gradient,) = torch.autograd.grad(bonus, logits)
     assert sum_probabilities(logits)[0] == 0
     assert bonus.item() == pytest.approx(math.log(2)) and gradient.abs().max() < 1e-6
-
-
-def test_entropy_is_ln_k_where_all_grades_are_in_use_as_much():
-    assert marginal_entropy(torch.full((K,), 1 / K)).item() == pytest.approx(math.log(K))
-    assert marginal_entropy(torch.eye(K)[3]).item() == 0
 
 
 def _worst_share(p, alpha):

@@ -6,8 +6,6 @@ import itertools
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from rlhf_cli.report import figures, plots
+from rlhf_cli.report import figures
 from rlhf_cli.report.labels import wrap_name
 from rlhf_cli.report.plots import (
     FrontPoint,
@@ -65,21 +63,6 @@ POINTS = [
     FrontPoint(name, "", around(kl, 0.3), around(reward), around(gold, 0.15))
     for name, kl, reward, gold in zip(NAMES, KL, REWARD, GOLD, strict=True)
 ]
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that the plots make, in order."""
-    made: list[Figure] = []
-
-    @contextmanager
-    def recording(*arguments: Any) -> Iterator[Figure]:
-        with figures.new_figure(*arguments) as figure:
-            made.append(figure)
-            yield figure
-
-    monkeypatch.setattr(plots, "new_figure", recording)
-    return made
 
 
 def segments(axes: Any) -> list[np.ndarray]:

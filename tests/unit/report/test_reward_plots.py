@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from rlhf_cli.report import figures, reward_plots
+from rlhf_cli.report import reward_plots
 from rlhf_cli.report.reward_plots import (
     BestOfPoint,
     Curve,
@@ -32,21 +30,6 @@ class Estimate:
     lo: float
     hi: float
     n: int = 100
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that the plots make, in order."""
-    made: list[Figure] = []
-
-    @contextmanager
-    def recording(*arguments: Any) -> Iterator[Figure]:
-        with figures.new_figure(*arguments) as figure:
-            made.append(figure)
-            yield figure
-
-    monkeypatch.setattr(reward_plots, "new_figure", recording)
-    return made
 
 
 def legend(axes: Any) -> list[str]:
@@ -147,3 +130,17 @@ def test_estimates_without_interval(drawn: list[Figure], tmp_path: Path) -> None
     alone = Estimate(0.5, math.nan, math.nan, 1)
     best_of_n_curves(tmp_path / "best.png", [BestOfPoint(1, 0.0, alone, alone)])
     np.testing.assert_array_equal(error_bars(drawn[0].axes[0]), [[0.5, 0.5]])
+
+
+def test_members_have_a_line_for_each_way_of_averaging(drawn: list[Figure], tmp_path: Path) -> None:
+    figures_of = {"member": (0.8, 0.7, 0.6), "weight_average": (0.8, 0.85, 0.7), "ensemble": (0.8, 0.82, 0.81)}
+    rows = [
+        {"step": count + 1, **{f"selection/{key}": values[count] for key, values in figures_of.items()}}
+        for count in range(3)
+    ]
+    reward_plots.members_curve(tmp_path / "members.png", rows)
+    (axes,) = drawn[0].axes
+    assert [list(line.get_ydata()) for line in axes.lines] == [list(values) for values in figures_of.values()]
+    assert all(list(line.get_xdata()) == [1, 2, 3] for line in axes.lines)
+    assert len({line.get_color() for line in axes.lines}) == len({line.get_marker() for line in axes.lines}) == 3
+    assert (tmp_path / "members.png").stat().st_size > 0

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures_models import FP32
-from fixtures_rewards import GRADES, SEPARABLE, graded_model
+from fixtures_rewards import GRADES, SEPARABLE, graded_model, marginal_entropy
 
 from rlhf_cli.models.dropout import set_dropout
-from rlhf_cli.ops.grades import marginal_entropy
 from rlhf_cli.rewards.model import RewardModel
 from rlhf_cli.settings import GradeLoss, TrainSettings
 from rlhf_cli.train.optim import build_optimizer
