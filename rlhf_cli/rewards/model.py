@@ -61,7 +61,7 @@ class Scorer(ABC):
         return self.of_rows(self.format.encode_rollout(self.tokenizer, rollout), batch_size)
 
     def log_odds(self, chosen: Scores, rejected: Scores) -> Tensor:
-        """log P(chosen is preferred) / P(rejected is), float32 [N], before the temperature; of several: of their mean."""
+        """log P(chosen is preferred) / P(rejected is), float32 [N], before the temperature."""
         return self.format.log_odds(chosen, rejected)
 
 
