@@ -1,0 +1,188 @@
+"""Peak memory of one optimizer step, each side in a process of its own.
+
+    python scripts/benchmarks/memory.py '{"case": "dpo_step", "side": "ours", ...}'     (started by speed.py)
+
+CPU: resident memory, VmHWM of /proc/self/status after writing 5 to /proc/self/clear_refs, less what the process had
+after its imports. CUDA: what the allocator had given out at most. The first step, which makes the optimizer's state,
+is over before the peak is reset; the second one is measured.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_MEMORY_PRECISION = "bf16"
+
+
+@dataclass(frozen=True)
+class Question:
+    """Whose peak, of which step."""
+
+    case: str
+    side: str  # ours, or the name of a setting of the peer
+    precision: str  # of ours
+    device: str
+    threads: int
+    sizes: dict[str, Any]
+    folder: str  # of the saved models
+
+
+def has_proc() -> bool:
+    """Whether the system tells (Linux)."""
+    return _STATUS.is_file() and _CLEAR.exists()
+
+
+def _resident(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB$", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
+    assert found is not None, name
+    return int(found[1]) * 1024
+
+
+def ask(question: Question) -> dict[str, Any]:
+    """The answer of a fresh process.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it said.
+    """
+    line = [sys.executable, str(Path(__file__)), json.dumps(asdict(question))]
+    done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
+    if done.returncode:
+        raise RuntimeError(f"memory of {question.case}, {question.side}: {done.stderr[-1500:]}")
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def live_bytes() -> int:
+    """Of all tensors that exist, each storage once."""
+    import torch
+
+    storages: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.layout is torch.strided:
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+class _Meter:
+    """Baseline, then the peak from `reset` on."""
+
+    def __init__(self, is_cuda: bool) -> None:
+        import torch
+
+        self.cuda = torch.cuda if is_cuda else None
+        self.baseline = 0 if is_cuda else _resident("VmRSS")
+        self.before = 0
+
+    def reset(self) -> None:
+        """What was freed goes back to the system first, so that it does not count."""
+        gc.collect()
+        if self.cuda is not None:
+            self.cuda.empty_cache()
+            self.cuda.reset_peak_memory_stats()
+            self.before = self.cuda.memory_allocated()
+            return
+        if sys.platform == "linux":
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        _CLEAR.write_text("5", encoding="ascii")
+        self.before = _resident("VmRSS") - self.baseline
+
+    def peak(self) -> int:
+        """Bytes above the baseline."""
+        if self.cuda is not None:
+            return int(self.cuda.max_memory_allocated())
+        return _resident("VmHWM") - self.baseline
+
+
+def _measure(question: Question) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(question.threads)
+    import our_side
+    import peers
+    import workload
+
+    from rlhf_cli.train.precision import Precision
+
+    is_ours = question.side == "ours"
+    if not is_ours:
+        import trl  # noqa: F401  its imports belong to the baseline
+        from trl import DPOTrainer, RewardTrainer, RLOOTrainer  # noqa: F401
+    device = torch.device(question.device)
+    meter = _Meter(device.type == "cuda")
+    sizes, folder = workload.sizes_from_dict(question.sizes), Path(question.folder)
+    live: list[int] = []
+    if is_ours:
+        with tempfile.TemporaryDirectory() as runs:
+            steps = our_side.make_steps(question.case, sizes, Precision(question.precision, device), Path(runs))
+            next(steps)
+            meter.reset()
+            next(steps)
+            peak = meter.peak()
+            live.append(live_bytes())
+    else:
+        flags = {one.name: one for one in (peers.DEFAULT, *peers.NUMERICS)}[question.side]
+        found: list[int] = []
+
+        def between(_: float) -> None:
+            found.append(meter.peak())
+            if len(found) == 2:
+                live.append(live_bytes())
+            meter.reset()
+
+        clock = our_side.wall_clock(device)
+        peers.TrlPeer(question.case, sizes, flags, device, folder, clock).run(2, between)
+        peak = found[1]
+    return {
+        "peak_bytes": peak,
+        "baseline_bytes": meter.baseline,
+        "before_step_bytes": meter.before,
+        "live_tensor_bytes": live[0],
+    }
+
+
+def must_be_resident(case: str, sizes: Any, num_policy: int, num_reward: int) -> dict[str, int]:
+    """Bytes of float32 models, gradients and optimizer state of one step, by name.
+
+    Args:
+        case: rloo_step or another.
+        sizes: of the model.
+        num_policy: parameters of the policy.
+        num_reward: parameters of the reward model.
+    """
+    trained = num_reward if case == "rm_step" else num_policy
+    models = {"rloo_step": 2 * num_policy + num_reward, "rm_step": num_reward, "dpo_step_precomputed": num_policy}
+    return {
+        "models": 4 * models.get(case, 2 * num_policy),
+        "gradients": 4 * trained,
+        "optimizer_state": 8 * trained,
+    }
+
+
+def limit_of(resident: dict[str, int], copies: int, sizes: Any, chunk_tokens: int) -> dict[str, int]:
+    """1.2 x everything that must be resident, plus one chunk of float32 logits.
+
+    Args:
+        resident: see `must_be_resident`.
+        copies: bytes of tensors that live between steps beside these (an inference copy).
+        sizes: of the model.
+        chunk_tokens: positions of a chunk.
+    """
+    chunk = 4 * chunk_tokens * sizes.vocab_size
+    total = sum(resident.values()) + copies
+    return {"resident_bytes": total, "chunk_bytes": chunk, "limit_bytes": round(1.2 * total) + chunk}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(Question(**json.loads(sys.argv[1])))))
