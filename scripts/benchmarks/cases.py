@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import ceilings
+import hf_side
 import memory
 import our_side
 import peers
 import torch
+import trl_side
 import workload
 from turns import Clock, FunctionPeer, Peer, in_turns, median_of_rows, times
 from workload import Sizes
@@ -25,7 +27,6 @@ STEPS = ("rloo_step", "dpo_step", "dpo_step_precomputed", "rm_step")
 CASES = (*STEPS, "generate", "decode_long_prompt", "memory", "memory_large_vocabulary")
 _MEMORY_CASES = ("rloo_step", "dpo_step", "rm_step")
 _LARGE_CASES = ("dpo_step", "rloo_step")
-_PRECISIONS = ("bf16", "fp32")
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Bench:
 
     sizes: Sizes
     device: torch.device
+    precisions: tuple[str, ...]  # that both sides are measured in; the first is that of "equal"
     threads: int
     warm_up: int
     pairs: int
@@ -114,7 +116,7 @@ def _faster(ours: dict[str, dict[str, Any]], key: str) -> str:
 
 
 def _step_case(bench: Bench, case: str) -> None:
-    ours = {precision: _alone(bench, case, precision) for precision in _PRECISIONS}
+    ours = {precision: _alone(bench, case, precision) for precision in bench.precisions}
     result: dict[str, Any] = {
         "tokens_per_step": ceilings.tokens_of(case, bench.sizes),
         "model_flops_per_step": ceilings.flops_of(case, bench.sizes),
@@ -130,12 +132,12 @@ def _step_case(bench: Bench, case: str) -> None:
     if not bench.with_trl:
         return
 
-    def peer_of(flags: peers.Flags) -> peers.TrlPeer:
-        return peers.TrlPeer(case, bench.sizes, flags, bench.device, bench.folder, bench.clock)
+    def peer_of(flags: peers.Flags) -> trl_side.TrlPeer:
+        return trl_side.TrlPeer(case, bench.sizes, flags, bench.device, bench.folder, bench.clock)
 
     tried = peers.fastest(
-        peers.NUMERICS,
-        lambda best: peers.extras(case, best, bench.device, bench.is_compiled),
+        trl_side.trl_numerics(bench.precisions),
+        lambda best: trl_side.extras(case, best, bench.device, bench.is_compiled),
         peer_of,
         1,
         bench.tries,
@@ -145,12 +147,12 @@ def _step_case(bench: Bench, case: str) -> None:
     bench.say(f"{case} trl candidates: {_shown(tried.seconds)}")
     best = replace(tried.best, name="best"), tried.best.name, _faster(ours, "median_step_s")
     result["pairs"] = {}
-    for flags, of, precision in (
-        (peers.EQUAL, None, "bf16"),
-        best,
-        (peers.DEFAULT, None, "bf16"),
-        (peers.FP32, None, "fp32"),
-    ):
+    first, *others = bench.precisions
+    settings: list[tuple[peers.Flags, str | None, str]] = [(trl_side.equal(first), None, first), best]
+    if "bf16" in bench.precisions:
+        settings.append((trl_side.DEFAULT, None, "bf16"))
+    settings += [(replace(trl_side.equal(one), name=one), None, one) for one in others]
+    for flags, of, precision in settings:
         peer = peer_of(flags)
         with _our_steps(bench, case, precision) as step:
             found = in_turns(peer, step, bench.clock, bench.warm_up, bench.pairs)
@@ -182,7 +184,7 @@ def _generate(bench: Bench) -> None:
     prompts = workload.make_prompts(sizes)
     makers = {
         precision: our_side.OurGenerate(sizes, bench.precision(precision), prompts, sizes.new_tokens)
-        for precision in _PRECISIONS
+        for precision in bench.precisions
     }
     ours: dict[str, Any] = {}
     for precision, roll_out in makers.items():
@@ -212,20 +214,24 @@ def _generate(bench: Bench) -> None:
     bench.say(f"generate ours: { {name: round(one['tokens_per_s']) for name, one in ours.items()} } tokens/s")
 
     def peer_of(flags: peers.Flags) -> Peer:
-        return FunctionPeer(peers.HfGenerate(sizes, flags, bench.device, bench.folder), clock)
+        return FunctionPeer(hf_side.HfGenerate(sizes, flags, bench.device, bench.folder), clock)
 
     tried = peers.fastest(
-        peers.HF_NUMERICS, lambda best: peers.hf_extras(best, bench.is_compiled), peer_of, 1, bench.tries
+        hf_side.hf_numerics(bench.precisions),
+        lambda best: hf_side.hf_extras(best, bench.is_compiled),
+        peer_of,
+        1,
+        bench.tries,
     )
     assert tried.best is not None
     result["hf_candidates_s"] = tried.seconds
     bench.say(f"generate hf candidates: {_shown(tried.seconds)}")
     result["pairs"] = {}
     for name, flags, precision in (
-        ("hf_default", peers.HF_DEFAULT, "bf16"),
+        ("hf_default", hf_side.hf_default(bench.precisions[0]), bench.precisions[0]),
         ("hf_best", tried.best, best_ours),
     ):
-        function = peers.HfGenerate(sizes, flags, bench.device, bench.folder)
+        function = hf_side.HfGenerate(sizes, flags, bench.device, bench.folder)
         found_pairs = in_turns(FunctionPeer(function, clock), makers[precision], clock, bench.warm_up, bench.pairs)
         result["pairs"][name] = {
             "flags": flags.as_dict(),
@@ -239,7 +245,7 @@ def _generate(bench: Bench) -> None:
 def _decode_long_prompt(bench: Bench) -> None:
     """Rollouts with one prompt four times longer, in turns with rollouts without."""
     sizes = bench.sizes
-    best = min(_PRECISIONS, key=lambda one: _median_rollout_s(bench, one))
+    best = min(bench.precisions, key=lambda one: _median_rollout_s(bench, one))
     with_long, without = (
         our_side.OurGenerate(
             sizes, bench.precision(best), workload.make_prompts(sizes, long_one), sizes.new_tokens
@@ -266,36 +272,38 @@ def _median_rollout_s(bench: Bench, precision: str) -> float:
 
 def _question(bench: Bench, case: str, side: str, sizes: Sizes, folder: Path) -> memory.Question:
     as_dict = workload.sizes_as_dict(sizes)
-    return memory.Question(case, side, "bf16", bench.device.type, bench.threads, as_dict, str(folder))
+    return memory.Question(case, side, bench.precisions[0], bench.device.type, bench.threads, as_dict, str(folder))
 
 
 def _memory(bench: Bench) -> None:
     if bench.device.type == "cpu" and not memory.has_proc():
         bench.say("memory: this system does not tell (no /proc/self/clear_refs)")
         return
-    result: dict[str, Any] = {"precision": "bf16"}
+    result: dict[str, Any] = {"precision": bench.precisions[0]}
     bench.cases["memory"] = result
-    sides = ["ours", *([peers.EQUAL.name, peers.DEFAULT.name] if bench.with_trl else [])]
+    has_default = bench.with_trl and "bf16" in bench.precisions
+    sides = ["ours", *(["equal"] if bench.with_trl else []), *(["default"] if has_default else [])]
     for case in _MEMORY_CASES:
         found = {side: memory.ask(_question(bench, case, side, bench.sizes, bench.folder)) for side in sides}
         result[case] = found
         peaks = {side: one["peak_bytes"] for side, one in found.items()}
         bench.say(f"memory {case}: " + ", ".join(f"{side} {peak / 2**20:.0f} MiB" for side, peak in peaks.items()))
         if bench.with_trl:
-            _ratio(bench, f"memory/{case}", peaks["ours"] / peaks[peers.EQUAL.name])
-            _ratio(bench, f"memory/{case}/trl_default", peaks["ours"] / peaks[peers.DEFAULT.name])
+            _ratio(bench, f"memory/{case}", peaks["ours"] / peaks["equal"])
+        if has_default:
+            _ratio(bench, f"memory/{case}/trl_default", peaks["ours"] / peaks["default"])
 
 
 def _memory_large_vocabulary(bench: Bench) -> None:
     if bench.device.type == "cpu" and not memory.has_proc():
         return
     sizes = replace(bench.sizes, vocab_size=bench.large_vocabulary)
-    result: dict[str, Any] = {"vocab_size": sizes.vocab_size, "precision": "bf16"}
+    result: dict[str, Any] = {"vocab_size": sizes.vocab_size, "precision": bench.precisions[0]}
     bench.cases["memory_large_vocabulary"] = result
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         counts = save_models(sizes, folder)
-        sides = ["ours", *([peers.EQUAL.name] if bench.with_trl else [])]
+        sides = ["ours", *(["equal"] if bench.with_trl else [])]
         for case in _LARGE_CASES:
             resident = memory.must_be_resident(case, sizes, *counts)
             found = {side: memory.ask(_question(bench, case, side, sizes, folder)) for side in sides}
@@ -311,7 +319,7 @@ def _memory_large_vocabulary(bench: Bench) -> None:
             )
             _ratio(bench, f"memory_large_vocabulary/{case}/of_limit", peak / limit["limit_bytes"])
             if bench.with_trl:
-                ratio = peak / found[peers.EQUAL.name]["peak_bytes"]
+                ratio = peak / found["equal"]["peak_bytes"]
                 _ratio(bench, f"memory_large_vocabulary/{case}", ratio)
 
 

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_MEMORY_PRECISION = "bf16"
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,8 @@ class Question:
     """Whose peak, of which step."""
 
     case: str
-    side: str  # ours, or the name of a setting of the peer
-    precision: str  # of ours
+    side: str  # ours, or a setting of the peer: equal, default
+    precision: str  # of both, but for default
     device: str
     threads: int
     sizes: dict[str, Any]
@@ -110,7 +109,7 @@ def _measure(question: Question) -> dict[str, Any]:
 
     torch.set_num_threads(question.threads)
     import our_side
-    import peers
+    import trl_side
     import workload
 
     from rlhf_cli.train.precision import Precision
@@ -132,7 +131,7 @@ def _measure(question: Question) -> dict[str, Any]:
             peak = meter.peak()
             live.append(live_bytes())
     else:
-        flags = {one.name: one for one in (peers.DEFAULT, *peers.NUMERICS)}[question.side]
+        flags = {"default": trl_side.DEFAULT, "equal": trl_side.equal(question.precision)}[question.side]
         found: list[int] = []
 
         def between(_: float) -> None:
@@ -142,7 +141,7 @@ def _measure(question: Question) -> dict[str, Any]:
             meter.reset()
 
         clock = our_side.wall_clock(device)
-        peers.TrlPeer(question.case, sizes, flags, device, folder, clock).run(2, between)
+        trl_side.TrlPeer(question.case, sizes, flags, device, folder, clock).run(2, between)
         peak = found[1]
     return {
         "peak_bytes": peak,

@@ -37,6 +37,7 @@ def as_json(bench: Bench, machine: str, trl_problem: str | None) -> dict[str, An
         "command": " ".join(["python", "scripts/benchmarks/speed.py", *sys.argv[1:]]),
         "commit": _commit(),
         "sizes": sizes_as_dict(bench.sizes),
+        "precisions": list(bench.precisions),
         "trl": "measured" if trl_problem is None else trl_problem,
         "ceilings": bench.ceilings,
         "cases": bench.cases,

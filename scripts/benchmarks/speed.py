@@ -10,7 +10,8 @@ Cases: rloo_step, dpo_step, dpo_step_precomputed, rm_step (an optimizer step), g
 
 Writes scripts/benchmarks/<machine>.json with the raw times, and <machine>.md with the tables, which are printed too.
 Ratios are medians over pairs of runs in turns, peer time / our time (above 1: ours is faster); those of memory our
-peak / theirs (below 1: ours needs less). What is compared and how it is kept fair: peers.py. What is counted: ceilings.py.
+peak / theirs (below 1: ours needs less). What is compared and how it is kept fair: peers.py. What is counted:
+ceilings.py.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import cases
-import peers
 import torch
+import trl_side
 import workload
 from ceilings import measure_ceilings
 from our_side import wall_clock
@@ -49,6 +50,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--preset", choices=["cpu", "gpu"], help="sizes (default: gpu on --device cuda, else cpu)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda with --preset gpu, else cpu")
     parser.add_argument("--machine", help="name of the results (default: cpu-<threads>core, or the GPU's name)")
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=["bf16", "fp32"],
+        help="that are measured; the first is that of `equal` (default: bf16 fp32; fp32 on a CPU slow in bf16)",
+    )
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2)")
     parser.add_argument("--warm-up", type=int, default=2, help="pairs before the measured ones (default: 2)")
     parser.add_argument("--pairs", type=int, default=7, help="measured pairs (default: 7)")
@@ -72,7 +79,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if unknown:
         parser.error(f"unknown case {', '.join(unknown)}; there are {', '.join(cases.CASES)}")
     if args.quick:
-        args.warm_up, args.pairs, args.tries, args.large_vocabulary = 1, 2, 1, 128
+        args.warm_up, args.pairs, args.tries, args.large_vocabulary, args.threads = 1, 2, 1, 128, 1
     return args
 
 
@@ -94,6 +101,16 @@ def device_of(args: argparse.Namespace) -> torch.device:
     return torch.device(name)
 
 
+def precisions_of(args: argparse.Namespace, found: dict[str, float]) -> tuple[str, ...]:
+    """What was asked for, or what the ceilings say is of use."""
+    if args.precisions:
+        return tuple(dict.fromkeys(args.precisions))
+    if args.quick or found["matmul_bf16_gflops"] > found["matmul_fp32_gflops"] / 3:
+        return ("bf16", "fp32")
+    print("bf16 products are emulated on this processor: fp32 on both sides (see peers.py)", flush=True)
+    return ("fp32",)
+
+
 def machine_of(args: argparse.Namespace, device: torch.device) -> str:
     """A name for the files."""
     if args.machine:
@@ -107,7 +124,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All that goes into the JSON."""
     device, sizes = device_of(args), sizes_of(args)
     torch.set_num_threads(args.threads)
-    problem = "--no-trl: only our figures of the steps" if args.no_trl else peers.trl_problem()
+    problem = "--no-trl: only our figures of the steps" if args.no_trl else trl_side.trl_problem()
     if problem is not None:
         print(problem, flush=True)
     found = measure_ceilings(device, wall_clock(device), args.quick)
@@ -116,6 +133,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     bench = cases.Bench(
         sizes=sizes,
         device=device,
+        precisions=precisions_of(args, found),
         threads=args.threads,
         warm_up=args.warm_up,
         pairs=args.pairs,

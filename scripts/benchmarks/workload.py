@@ -1,7 +1,8 @@
 """What is measured: the sizes, a random Llama, a tokenizer that gives every id back, prompts and pairs.
 
 Both sides get the same weights and the same texts. The random model never samples the end of a text nor padding (a
-weight sees to it, see `_never_end`), so that every completion has the same length without a logits processor on either side.
+weight sees to it, see `_never_end`), so that every completion has the same length without a logits processor on
+either side.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
 
 @torch.no_grad()
 def _never_end(model: LlamaForCausalLM) -> None:
-    """One channel of the residual stream is a positive constant; for it pad and EOS have a logit far below all others."""
+    """One channel of the residual stream is a positive constant, for which pad and EOS have logits far below others."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     embedding[:, _CHANNEL] = _CHANNEL_VALUE
     for layer in model.model.layers:
