@@ -41,6 +41,7 @@ class Bench:
     pairs: int
     tries: int  # steps by which the fastest setting is found
     is_compiled: bool  # torch.compile is among the peer's candidates
+    is_quick: bool  # few candidates
     with_trl: bool
     large_vocabulary: int
     chunk_tokens: int
@@ -137,7 +138,7 @@ def _step_case(bench: Bench, case: str) -> None:
 
     tried = peers.fastest(
         trl_side.trl_numerics(bench.precisions),
-        lambda best: trl_side.extras(case, best, bench.device, bench.is_compiled),
+        lambda best: trl_side.extras(case, best, bench.device, bench.is_compiled)[: 1 if bench.is_quick else None],
         peer_of,
         1,
         bench.tries,
@@ -228,7 +229,7 @@ def _generate(bench: Bench) -> None:
     bench.say(f"generate hf candidates: {_shown(tried.seconds)}")
     result["pairs"] = {}
     for name, flags, precision in (
-        ("hf_default", hf_side.hf_default(bench.precisions[0]), bench.precisions[0]),
+        ("hf_default", hf_side.hf_default(bench.precisions[0], bench.device), bench.precisions[0]),
         ("hf_best", tried.best, best_ours),
     ):
         function = hf_side.HfGenerate(sizes, flags, bench.device, bench.folder)

@@ -14,8 +14,10 @@ from workload import Sizes
 _SAMPLING = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}  # of the whole distribution
 
 
-def hf_default(precision: str) -> Flags:
-    """No flags; in the numerics that ours have under this precision."""
+def hf_default(precision: str, device: torch.device) -> Flags:
+    """No flags. Of bf16: on a GPU as one loads a model for that, on a CPU under autocast as ours."""
+    if precision == "bf16" and device.type == "cuda":
+        return Flags("default", weights="bfloat16")
     return Flags("default", autocast=precision == "bf16")
 
 

@@ -157,7 +157,8 @@ def _common(peer: TrlPeer, num_steps: int, batch_size: int) -> dict[str, Any]:
     parts = peer.flags.micro_share
     if peer.sizes.micro_batch is not None:
         parts *= max(1, batch_size // peer.sizes.micro_batch)
-    assert batch_size % parts == 0, (batch_size, parts)
+    if batch_size % parts:
+        raise ValueError(f"a batch of {batch_size} has no {parts} equal parts")
     return {
         "output_dir": str(peer.folder / "trl"),
         "max_steps": num_steps,
