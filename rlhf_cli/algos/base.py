@@ -121,6 +121,8 @@ class OnlineAlgorithm(Algorithm, ABC):
     normalised_by: ClassVar[str] = "sequences"
     # True where every token is an action: experience and batches then have figures of tokens
     acts_on_tokens: ClassVar[bool] = False
+    # False where a few samples alone have a part in the loss: a pass for all of them is then better not differentiated
+    learns_from_all: ClassVar[bool] = True
 
     k: int = 1  # samples per prompt
     rollout_batch_size: int | None = None  # samples of a rollout; None = those of one optimizer step

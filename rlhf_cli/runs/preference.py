@@ -24,6 +24,7 @@ from rlhf_cli.errors import RequestError
 from rlhf_cli.files import write_bytes_atomic, write_json_atomic
 from rlhf_cli.models.causal import LanguageModel
 from rlhf_cli.models.loading import load_causal_lm
+from rlhf_cli.models.low_precision import hold_matrices_in
 from rlhf_cli.rollout.engine import generate
 from rlhf_cli.runs.common import COUNTED_ROWS, explained_memory, prepare, say_cuts, train, write_card_of
 from rlhf_cli.runs.job import Artifact, Job
@@ -258,6 +259,7 @@ def _reference(
     if job.config.algo.reference is When.on_the_fly:
         if off is None:
             off, _ = load_causal_lm("sft.path", sft.path, job.precision.device)
+            hold_matrices_in(off, job.precision.dtype)
         return Reference(model=off)
     settings = job.config.algo.train
     num_pairs = settings.micro_batch_size or settings.batch_size
