@@ -25,6 +25,7 @@ from rlhf_cli.train.precision import Precision
 
 STEPS = ("rloo_step", "dpo_step", "dpo_step_precomputed", "rm_step")
 CASES = (*STEPS, "generate", "decode_long_prompt", "memory", "memory_large_vocabulary")
+SETTINGS = ("equal", "best", "default", "fp32")
 _MEMORY_CASES = ("rloo_step", "dpo_step", "rm_step")
 _LARGE_CASES = ("dpo_step", "rloo_step")
 
@@ -40,6 +41,7 @@ class Bench:
     warm_up: int
     pairs: int
     tries: int  # steps by which the fastest setting is found
+    settings: tuple[str, ...]  # of TRL
     is_compiled: bool  # torch.compile is among the peer's candidates
     is_quick: bool  # few candidates
     with_trl: bool
@@ -130,43 +132,46 @@ def _step_case(bench: Bench, case: str) -> None:
             f"{figures['of_matmul_ceiling']:.0%} of the matrix product ceiling; "
             + ", ".join(f"{name} {value:.3f}" for name, value in figures["parts"].items())
         )
-    if not bench.with_trl:
-        return
+    if bench.with_trl:
+        _beside_trl(bench, case, result)
+
+
+def _beside_trl(bench: Bench, case: str, result: dict[str, Any]) -> None:
+    """Our step and TRL's in turns, under each of the settings; into `result`."""
 
     def peer_of(flags: peers.Flags) -> trl_side.TrlPeer:
         return trl_side.TrlPeer(case, bench.sizes, flags, bench.device, bench.folder, bench.clock)
 
-    tried = peers.fastest(
-        trl_side.trl_numerics(bench.precisions),
-        lambda best: trl_side.extras(case, best, bench.device, bench.is_compiled)[: 1 if bench.is_quick else None],
-        peer_of,
-        1,
-        bench.tries,
-    )
-    assert tried.best is not None
-    result["trl_candidates_s"] = tried.seconds
-    bench.say(f"{case} trl candidates: {_shown(tried.seconds)}")
-    best = replace(tried.best, name="best"), tried.best.name, _faster(ours, "median_step_s")
-    result["pairs"] = {}
+    def more(best: peers.Flags) -> list[peers.Flags]:
+        found = trl_side.extras(case, best, bench.device, bench.is_compiled)
+        return found[:1] if bench.is_quick else found
+
     first, *others = bench.precisions
-    settings: list[tuple[peers.Flags, str | None, str]] = [(trl_side.equal(first), None, first), best]
-    if "bf16" in bench.precisions:
-        settings.append((trl_side.DEFAULT, None, "bf16"))
-    settings += [(replace(trl_side.equal(one), name=one), None, one) for one in others]
-    for flags, of, precision in settings:
+    settings: list[tuple[str, peers.Flags, str]] = []  # name, flags, precision of ours
+    if "equal" in bench.settings:
+        settings.append(("equal", trl_side.equal(first), first))
+    if "best" in bench.settings:
+        tried = peers.fastest(trl_side.trl_numerics(bench.precisions), more, peer_of, 1, bench.tries)
+        assert tried.best is not None
+        result["trl_candidates_s"] = tried.seconds
+        bench.say(f"{case} trl candidates: {_shown(tried.seconds)}")
+        settings.append(("best", tried.best, _faster(result["ours"], "median_step_s")))
+    if "default" in bench.settings and "bf16" in bench.precisions:
+        settings.append(("default", trl_side.DEFAULT, "bf16"))
+    settings += [(one, trl_side.equal(one), one) for one in others if one in bench.settings]
+    result["pairs"] = {}
+    for setting, flags, precision in settings:
         peer = peer_of(flags)
         with _our_steps(bench, case, precision) as step:
             found = in_turns(peer, step, bench.clock, bench.warm_up, bench.pairs)
-        name = f"trl_{flags.name}"
-        shown = {**flags.as_dict(), **({} if of is None else {"is": of})}
-        result["pairs"][name] = {
-            "flags": shown,
+        result["pairs"][f"trl_{setting}"] = {
+            "flags": flags.as_dict(),
             "ours_precision": precision,
             "peer_tokens_per_step": peer.tokens_per_step,
             "peer_first_loss": sum(peer.losses[: flags.micro_share]),
             **found.as_dict(),
         }
-        _ratio(bench, f"{case}/{name}", found.ratio)
+        _ratio(bench, f"{case}/trl_{setting}", found.ratio)
 
 
 def _ratio(bench: Bench, name: str, value: float) -> None:

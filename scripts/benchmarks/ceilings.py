@@ -41,9 +41,9 @@ def copy_gb_per_s(device: torch.device, clock: Clock, num_bytes: int, runs: int)
 def measure_ceilings(device: torch.device, clock: Clock, is_quick: bool) -> dict[str, float]:
     """Both, in the precisions that are trained in."""
     is_cuda = device.type == "cuda"
-    size = 128 if is_quick else 8192 if is_cuda else 1536
+    size = 128 if is_quick else 8192 if is_cuda else 1024
     num_bytes = 2**22 if is_quick else 2**30 if is_cuda else 2**28
-    runs = 2 if is_quick else 7
+    runs = 2 if is_quick else 4
     return {
         "matmul_fp32_gflops": matmul_gflops(device, torch.float32, clock, size, runs),
         "matmul_bf16_gflops": matmul_gflops(device, torch.bfloat16, clock, size, runs),

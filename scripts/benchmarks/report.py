@@ -134,8 +134,8 @@ def _speed_table(result: dict[str, Any]) -> str:
 
 
 def _setting(name: str, flags: dict[str, Any]) -> str:
-    best = flags.get("is") or (flags["name"] if name == "hf_best" else None)
     side, _, setting = name.partition("_")
+    best = flags["name"] if setting == "best" else None
     shown = f"{ {'trl': 'TRL', 'hf': 'generate'}[side] }, {setting}"
     return shown if best is None else f"{shown} ({best})"
 

@@ -62,6 +62,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=2, help="pairs before the measured ones (default: 2)")
     parser.add_argument("--pairs", type=int, default=7, help="measured pairs (default: 7)")
     parser.add_argument("--tries", type=int, default=3, help="steps of each of the peer's candidates (default: 3)")
+    parser.add_argument(
+        "--settings", nargs="+", choices=cases.SETTINGS, default=cases.SETTINGS, help="of TRL (default: all)"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile among the peer's candidates")
     parser.add_argument("--no-trl", action="store_true", help="only our figures of the steps")
     parser.add_argument("--large-vocabulary", type=int, default=128_000, help="of memory_large_vocabulary")
@@ -141,6 +144,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         warm_up=args.warm_up,
         pairs=args.pairs,
         tries=args.tries,
+        settings=tuple(args.settings),
         is_compiled=args.compile,
         is_quick=args.quick,
         with_trl=problem is None,

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from rlhf_cli.models.loading import classifier_from_lm
 
@@ -139,6 +140,7 @@ def make_reward_model(policy: PreTrainedModel) -> PreTrainedModel:
 
 def save(model: PreTrainedModel, folder: Path) -> None:
     """Writes a folder that a peer loads its own copy from."""
+    disable_progress_bar()
     model.save_pretrained(folder)
 
 
