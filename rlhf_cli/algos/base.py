@@ -79,6 +79,16 @@ class Algorithm:
                 return f"algo.train.{key} compares rewards over time, and they would be on different scales"
         return None
 
+    def support_problem(self, pairs_share_prompt: bool) -> str | None:
+        """Why its samples cannot be drawn from the most likely tokens alone; None where they can.
+
+        `pairs_share_prompt`: as `check_data` has it.
+        """
+        return (
+            f"algo={self.name} measures the KL on its samples, and the reference's most likely tokens can lack one "
+            "that it draws: an infinite KL (pairs that algo=dpo algo.pairs=on_policy samples have no such KL)"
+        )
+
     def needs_reward_model(self, pairs_share_prompt: bool) -> bool:
         """Whether it learns from a reward; `pairs_share_prompt`: as `check_data` has it."""
         return True

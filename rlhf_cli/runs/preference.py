@@ -221,7 +221,7 @@ def _sampled(
     batch = prompt_batch(sft.tokenizer, prompts[mine], range(len(prompts))[mine], job.data.max_prompt_tokens)
     noise = derive_seed(seed, "pairs", split)
     with job.precision.autocast():
-        rollout = generate(sft.model, sft.tokenizer, batch, algo.k, job.sampling, noise, 0)
+        rollout = generate(sft.model, sft.tokenizer, batch, algo.k, job.sampling_of_pairs, noise, 0)
     rewards = _rewards(job, rollout, reward, None if split == "validation" else seed)
     return [as_json(pair) for pair in ranked_pairs(split, rollout, rewards)]
 
