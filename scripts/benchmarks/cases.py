@@ -63,13 +63,13 @@ class Bench:
         return Precision(name, self.device)
 
 
-def save_models(sizes: Sizes, folder: Path) -> tuple[int, int]:
-    """Writes what the peers load; returns the parameters of policy and reward model."""
+def save_models(sizes: Sizes, folder: Path) -> int:
+    """Writes what the peers load; returns the policy's parameters."""
     policy = workload.make_policy(sizes)
     reward_model = workload.make_reward_model(policy)
     workload.save(policy, folder / "policy")
     workload.save(reward_model, folder / "reward_model")
-    return policy.num_parameters(), reward_model.num_parameters()
+    return policy.num_parameters()
 
 
 def run(bench: Bench, name: str) -> None:
@@ -308,20 +308,18 @@ def _memory_large_vocabulary(bench: Bench) -> None:
     bench.cases["memory_large_vocabulary"] = result
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        counts = save_models(sizes, folder)
+        num_trained = save_models(sizes, folder)
         sides = ["ours", *(["equal"] if bench.with_trl else [])]
         for case in _LARGE_CASES:
-            resident = memory.must_be_resident(case, sizes, *counts)
             found = {side: memory.ask(_question(bench, case, side, sizes, folder)) for side in sides}
-            between_steps = sum(resident.values()) - resident["gradients"]
-            copies = max(0, found["ours"]["live_tensor_bytes"] - between_steps)
-            limit = memory.limit_of(resident, copies, sizes, bench.chunk_tokens)
+            live = found["ours"]["live_tensor_bytes"]
+            limit = memory.limit_of(live, num_trained, sizes.vocab_size, bench.chunk_tokens)
             peak = found["ours"]["peak_bytes"]
-            result[case] = {**found, "must_be_resident": {**resident, "copies": copies}, **limit}
+            result[case] = {**found, **limit}
             bench.say(
                 f"memory {case}, vocabulary {sizes.vocab_size}: peak {peak / 2**20:.0f} MiB; at most "
-                f"{limit['limit_bytes'] / 2**20:.0f} MiB = 1.2 x {limit['resident_bytes'] / 2**20:.0f} "
-                f"(of it copies {copies / 2**20:.0f}) + chunk {limit['chunk_bytes'] / 2**20:.0f}"
+                f"{limit['limit_bytes'] / 2**20:.0f} MiB = 1.2 x {limit['resident_bytes'] / 2**20:.0f} resident "
+                f"+ chunk {limit['chunk_bytes'] / 2**20:.0f}"
             )
             _ratio(bench, f"memory_large_vocabulary/{case}/of_limit", peak / limit["limit_bytes"])
             if bench.with_trl:

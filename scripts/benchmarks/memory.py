@@ -151,36 +151,26 @@ def _measure(question: Question) -> dict[str, Any]:
     }
 
 
-def must_be_resident(case: str, sizes: Any, num_policy: int, num_reward: int) -> dict[str, int]:
-    """Bytes of float32 models, gradients and optimizer state of one step, by name.
+def limit_of(live: int, num_trained: int, vocab_size: int, chunk_tokens: int) -> dict[str, int]:
+    """1.2 x everything that must be resident, plus one chunk of float32 logits; in bytes.
 
     Args:
-        case: rloo_step or another.
-        sizes: of the model.
-        num_policy: parameters of the policy.
-        num_reward: parameters of the reward model.
-    """
-    trained = num_reward if case == "rm_step" else num_policy
-    models = {"rloo_step": 2 * num_policy + num_reward, "rm_step": num_reward, "dpo_step_precomputed": num_policy}
-    return {
-        "models": 4 * models.get(case, 2 * num_policy),
-        "gradients": 4 * trained,
-        "optimizer_state": 8 * trained,
-    }
-
-
-def limit_of(resident: dict[str, int], copies: int, sizes: Any, chunk_tokens: int) -> dict[str, int]:
-    """1.2 x everything that must be resident, plus one chunk of float32 logits.
-
-    Args:
-        resident: see `must_be_resident`.
-        copies: bytes of tensors that live between steps beside these (an inference copy).
-        sizes: of the model.
+        live: of the tensors that exist between two steps: models and copies as they are held, optimizer state.
+        num_trained: parameters, each with a float32 gradient inside a step.
+        vocab_size: logits of a position.
         chunk_tokens: positions of a chunk.
+
+    >>> limit_of(live=1000, num_trained=50, vocab_size=10, chunk_tokens=2)
+    {'gradient_bytes': 200, 'resident_bytes': 1200, 'chunk_bytes': 80, 'limit_bytes': 1520}
     """
-    chunk = 4 * chunk_tokens * sizes.vocab_size
-    total = sum(resident.values()) + copies
-    return {"resident_bytes": total, "chunk_bytes": chunk, "limit_bytes": round(1.2 * total) + chunk}
+    gradients, chunk = 4 * num_trained, 4 * chunk_tokens * vocab_size
+    resident = live + gradients
+    return {
+        "gradient_bytes": gradients,
+        "resident_bytes": resident,
+        "chunk_bytes": chunk,
+        "limit_bytes": round(1.2 * resident) + chunk,
+    }
 
 
 if __name__ == "__main__":
