@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import workload
-from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
 from workload import Sizes
@@ -22,6 +21,8 @@ from workload import Sizes
 from rlhf_cli.algos.dpo import Dpo
 from rlhf_cli.algos.rloo import Rloo
 from rlhf_cli.data.tokenise import prompt_batch
+from rlhf_cli.models.low_precision import hold_matrices_in
+from rlhf_cli.models.packing import enable_layouts
 from rlhf_cli.rewards.format import RewardFormat
 from rlhf_cli.rewards.model import RewardModel
 from rlhf_cli.rollout.engine import Sampling, generate
@@ -68,8 +69,18 @@ def _settings(batch_size: int, micro_batch: int | None) -> TrainSettings:
     )
 
 
-def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    return copy.deepcopy(model).eval().requires_grad_(False)
+def _policy(sizes: Sizes, precision: Precision) -> PreTrainedModel:
+    """As `load_causal_lm` gives it."""
+    model = workload.make_policy(sizes).to(precision.device)
+    enable_layouts(model)
+    return model
+
+
+def _frozen_copy(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
+    """A reference, as a run holds it."""
+    reference = copy.deepcopy(model).eval().requires_grad_(False)
+    hold_matrices_in(reference, precision.dtype)
+    return reference
 
 
 def _reward_model(sizes: Sizes, classifier: PreTrainedModel) -> RewardModel:
@@ -80,12 +91,13 @@ def _reward_model(sizes: Sizes, classifier: PreTrainedModel) -> RewardModel:
 
 def rloo_task(sizes: Sizes, precision: Precision) -> PolicyTask:
     """Policy, reference and reward model of one size; the KL is in the reward."""
-    policy = workload.make_policy(sizes).to(precision.device)
+    policy = _policy(sizes, precision)
     scorer = _reward_model(sizes, workload.make_reward_model(policy).requires_grad_(False))
+    hold_matrices_in(scorer.model, precision.dtype)
     prompts = [workload.text_of(ids) for ids in workload.make_prompts(sizes)]
     return PolicyTask(
         policy,
-        _frozen_copy(policy),
+        _frozen_copy(policy, precision),
         scorer.tokenizer,
         Rloo(k=sizes.k, beta=BETA, train=_settings(sizes.num_prompts * sizes.k, sizes.micro_batch)),
         RewardOfRollout(scorer, precision),
@@ -101,13 +113,13 @@ def rloo_task(sizes: Sizes, precision: Precision) -> PolicyTask:
 
 def dpo_task(sizes: Sizes, precision: Precision, is_precomputed: bool = False) -> PreferenceTask:
     """Policy and reference, which is asked with each batch or was asked before the first step."""
-    policy = workload.make_policy(sizes).to(precision.device)
+    policy = _policy(sizes, precision)
     pairs = workload.make_pairs(sizes)
     if is_precomputed:
         known = reference_logprobs(policy, pairs, workload.PAD, len(pairs), precision)
         reference = Reference(logprobs=(known, known))
     else:
-        reference = Reference(model=_frozen_copy(policy))
+        reference = Reference(model=_frozen_copy(policy, precision))
     algorithm = Dpo(beta=BETA, train=_settings(sizes.num_pairs, sizes.micro_batch))
     tokenizer = workload.make_tokenizer(sizes.vocab_size)
     return PreferenceTask(policy, reference, tokenizer, algorithm, pairs, pairs, precision, seed=0)
@@ -115,7 +127,7 @@ def dpo_task(sizes: Sizes, precision: Precision, is_precomputed: bool = False) -
 
 def rm_task(sizes: Sizes, precision: Precision) -> RewardTask:
     """A scalar reward model."""
-    classifier = workload.make_reward_model(workload.make_policy(sizes)).to(precision.device)
+    classifier = workload.make_reward_model(_policy(sizes, precision))
     pairs = [(chosen, rejected, 0.0) for chosen, rejected in workload.make_pairs(sizes)]
     settings = _settings(sizes.num_pairs, sizes.micro_batch)
     return RewardTask(
@@ -183,7 +195,7 @@ class OurGenerate:
     """Rollouts of one set of prompts, as the policy task makes them."""
 
     def __init__(self, sizes: Sizes, precision: Precision, prompts: list[list[int]], new_tokens: int) -> None:
-        self.policy: nn.Module = workload.make_policy(sizes).to(precision.device)
+        self.policy = _policy(sizes, precision)
         self.tokenizer = workload.make_tokenizer(sizes.vocab_size)
         texts = [workload.text_of(ids) for ids in prompts]
         longest = max(len(ids) for ids in prompts)
