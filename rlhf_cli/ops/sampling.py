@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 # Tokens summed at once. A cumulative sum goes token by token; sums of blocks, and then the tokens of one block, are two
 # orders of magnitude fewer of its steps.
 _BLOCK = 128

@@ -54,7 +54,7 @@ class RowGroup:
         self.column.fill_(width)
         self.hidden.fill_(True)
         self.hidden[:, :width].copy_(~real)
-        self.num_rows = self.capacity
+        self.num_rows, self.num_seen = self.capacity, width
 
     def write_prompts(self, layer: int, key: Tensor, value: Tensor, dtype: torch.dtype) -> None:
         """Puts a layer's keys and values of P prompts, [P, key heads, W, D], to each of a prompt's samples."""

@@ -27,11 +27,12 @@ def split_lengths(lengths: Sequence[int], group_cost: float) -> list[list[int]]:
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     total = len(order)
+    if total == 0:
+        return []
     cuts = sorted({total - 2**i for i in range(total.bit_length()) if 2**i < total})
     ends = [0, *cuts, total]
-    best: list[tuple[float, int]] = [
-        (0.0, 0)
-    ]  # cost of the prompts before ends[j], and where their last group begins
+    # Of the prompts before ends[j]: what they cost, and where the last of their groups begins
+    best: list[tuple[float, int]] = [(0.0, 0)]
     for j in range(1, len(ends)):
         width = lengths[order[ends[j] - 1]]
         best.append(min((best[i][0] + (ends[j] - ends[i]) * width + group_cost, i) for i in range(j)))
