@@ -49,7 +49,7 @@ class Job:
     def sampling(self) -> Sampling:
         """How completions are drawn while training, and for the reward's scale."""
         rollout = self.config.rollout
-        return Sampling(rollout.max_new_tokens, rollout.temperature, rollout.max_rows)
+        return Sampling(rollout.max_new_tokens, rollout.temperature, rollout.max_rows, rollout.max_tokens)
 
     def request(
         self,

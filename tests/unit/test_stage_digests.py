@@ -86,6 +86,7 @@ DIGEST_TABLE: dict[str, tuple[Any, bool, bool]] = {
     "eval.num_prompts": (1, False, False),
     "eval.temperature": (0.1, False, False),
     "rollout.max_rows": (1, False, False),
+    "rollout.max_tokens": (9, False, False),
     "model.name": ("other", False, False),
     "model.lr": (LearningRates(sft=1.0), False, False),
     "rm.model.name": ("other", False, False),

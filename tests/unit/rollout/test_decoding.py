@@ -45,7 +45,9 @@ def lm(name: str, eos: list[int] | None = None, **more: Any) -> PreTrainedModel:
     config = architecture.config(byte_tokenizer(), **more)
     model: PreTrainedModel = seeded(AutoModelForCausalLM.from_config, config, 1)
     model.set_attn_implementation(ATTENTION)
-    model.generation_config.eos_token_id = eos or list(range(0, 300, 12))  # so many that rows end all over the place
+    model.generation_config.eos_token_id = eos or list(
+        range(0, 300, 12)
+    )  # so many that rows end all over the place
     assert why_plain(model) is None
     return model
 

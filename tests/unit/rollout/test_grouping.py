@@ -42,7 +42,9 @@ def test_chunks_hold_at_most_the_budget_unless_one_prompt_is_more():
         for part, following in itertools.zip_longest(parts, parts[1:]):
             inside = lengths[part]
             tokens = k * sum(length + new for length in inside)
-            assert len(inside) == 1 or (len(inside) * k <= max_rows and (max_tokens is None or tokens <= max_tokens))
+            assert len(inside) == 1 or (
+                len(inside) * k <= max_rows and (max_tokens is None or tokens <= max_tokens)
+            )
             if following is not None:  # one more would have been too many
                 more = tokens + k * (lengths[following.start] + new)
                 assert (len(inside) + 1) * k > max_rows or (max_tokens is not None and more > max_tokens)
