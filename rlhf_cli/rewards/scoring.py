@@ -10,6 +10,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.data.tokenise import TokenPair, collate
+from rlhf_cli.models.attention import takes_layouts
+from rlhf_cli.models.packing import packed_states
 from rlhf_cli.models.positions import check_length, first_position, takes_positions, token_positions
 from rlhf_cli.ops.masks import last_true
 from rlhf_cli.types import Sequences
@@ -84,6 +86,9 @@ def has_linear_head(model: PreTrainedModel) -> bool:
 
 def pooled_states(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     """What a linear head reads: the backbone's state at the last real token, float32 [N, H]."""
+    if takes_layouts(model):
+        packed, packing = packed_states(model, sequences)
+        return packed[packing.last].float()
     check_length(model, sequences)
     hidden = model.base_model(
         input_ids=sequences.ids,
