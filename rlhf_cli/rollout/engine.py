@@ -6,6 +6,7 @@ import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -132,9 +133,10 @@ class Engine:
         )
         # Rows in the order of the groups, and back
         order = torch.tensor([i * k + sample for group in groups for i in group for sample in range(k)])
-        tokens, logprob = self._decoding(decoder, shape)(
-            [[prompts[i] for i in group] for group in groups], noise[order]
-        )
+        with _casting_anew(kind):
+            tokens, logprob = self._decoding(decoder, shape)(
+                [[prompts[i] for i in group] for group in groups], noise[order]
+            )
         back = order.argsort()
         rows = tokens.cpu()[back]
         ends = (rows >= 0).sum(-1).tolist()
@@ -193,6 +195,13 @@ def why_plain(model: PreTrainedModel) -> str | None:
         if getattr(config, key, nothing) not in (None, nothing):
             return f"its logits are changed behind the output layer ({key})"
     return None
+
+
+def _casting_anew(kind: str) -> AbstractContextManager[object]:
+    """Autocast, where it is on, without its memory of casts: a graph would read such a tensor when it is gone."""
+    if not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)
 
 
 @functools.lru_cache

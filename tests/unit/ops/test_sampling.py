@@ -139,5 +139,7 @@ def test_log_probs_are_those_of_the_distribution_whatever_the_logits_size():
     logits = torch.tensor([[500.0, 499.0, -2000.0], [-90.0, -91.0, -1e4]])
     ids, logprob = sample_token(logits, torch.tensor([0.9, 0.1]), 0.5)
     assert ids.tolist() == [1, 0]
-    assert logprob.tolist() == pytest.approx(torch.log_softmax(logits / 0.5, -1)[[0, 1], [1, 0]].tolist(), rel=1e-5)
+    assert logprob.tolist() == pytest.approx(
+        torch.log_softmax(logits / 0.5, -1)[[0, 1], [1, 0]].tolist(), rel=1e-5
+    )
     assert logits[0].tolist() == [500.0, 499.0, -2000.0]
