@@ -16,6 +16,7 @@ from rlhf_cli.rollout.cache import RowGroup
 from rlhf_cli.rollout.graphs import LateCounts, StepGraphs
 from rlhf_cli.rollout.grouping import round_up, rows_to_keep
 from rlhf_cli.rollout.prefill import PrefillLayout, pack_prompts
+from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.rollout.tuning import Tuning
 
 # From hidden states [N, H] to logits [N, V].
@@ -28,8 +29,7 @@ class DecodingShape:
 
     groups: tuple[tuple[int, int], ...]  # rows and columns of each
     samples_per_prompt: int  # k
-    max_new_tokens: int  # T
-    temperature: float
+    sampling: Sampling  # T = max_new_tokens
     stop_ids: tuple[int, ...]
     cache_dtype: torch.dtype | None  # None = that of the keys
 
@@ -37,18 +37,17 @@ class DecodingShape:
 def shape_of(
     lengths: Sequence[Sequence[int]],
     samples_per_prompt: int,
-    max_new_tokens: int,
-    temperature: float,
+    sampling: Sampling,
     stop_ids: tuple[int, ...],
     cache_dtype: torch.dtype | None,
     tuning: Tuning,
 ) -> DecodingShape:
     """The shape for groups of prompts of these lengths."""
     groups = tuple(
-        (len(group) * samples_per_prompt, round_up(max(group) + max_new_tokens, tuning.column_multiple))
+        (len(group) * samples_per_prompt, round_up(max(group) + sampling.max_new_tokens, tuning.column_multiple))
         for group in lengths
     )
-    return DecodingShape(groups, samples_per_prompt, max_new_tokens, temperature, stop_ids, cache_dtype)
+    return DecodingShape(groups, samples_per_prompt, sampling, stop_ids, cache_dtype)
 
 
 class Decoding:
@@ -69,9 +68,11 @@ class Decoding:
         self._tuning = tuning
         self._graphs = StepGraphs(tuning.graphs and device.type == "cuda")
         self._groups = [RowGroup(rows, columns, device) for rows, columns in shape.groups]
-        self._noise = torch.zeros((num_rows, shape.max_new_tokens), device=device)
-        self._tokens = torch.zeros((num_rows, shape.max_new_tokens), dtype=torch.long, device=device)  # -1 = none
-        self._logprob = torch.zeros((num_rows, shape.max_new_tokens), device=device)
+        self._noise = torch.zeros((num_rows, shape.sampling.max_new_tokens), device=device)
+        self._tokens = torch.zeros(
+            (num_rows, shape.sampling.max_new_tokens), dtype=torch.long, device=device
+        )  # -1 = none
+        self._logprob = torch.zeros((num_rows, shape.sampling.max_new_tokens), device=device)
         self._place = torch.zeros(1, dtype=torch.long, device=device)  # of the next token in its completion
         self._counts = torch.zeros(len(shape.groups), dtype=torch.long, device=device)  # of unfinished rows
 
@@ -88,7 +89,7 @@ class Decoding:
         counts = LateCounts(len(self._groups), self._tuning.lag, self._counts.device)
         self._prefill(groups, noise)
         counts.note(self._counts)
-        for place in range(1, self._shape.max_new_tokens):
+        for place in range(1, self._shape.sampling.max_new_tokens):
             active = counts.read()
             if active is not None:
                 if not any(active):
@@ -146,7 +147,7 @@ class Decoding:
         in_use = self._in_use()
         rows = _joined([group.rows[: group.num_rows] for group in in_use])
         active = _joined([group.active[: group.num_rows] for group in in_use])
-        ids, logprob = sample_token(logits, self._noise[rows, self._place], self._shape.temperature)
+        ids, logprob = sample_token(logits, self._noise[rows, self._place], self._shape.sampling.temperature)
         self._tokens[rows, self._place] = torch.where(active, ids, -1)
         self._logprob[rows, self._place] = torch.where(active, logprob, 0.0)
         active = active & ~is_eos(ids, self._shape.stop_ids)

@@ -125,8 +125,7 @@ class Engine:
         shape = shape_of(
             [[lengths[i] for i in group] for group in groups],
             k,
-            sampling.max_new_tokens,
-            sampling.temperature,
+            sampling,
             stop_ids,
             torch.get_autocast_dtype(kind) if is_lower else torch.float32,
             self._tuning,
