@@ -25,6 +25,10 @@ class TokenLogprobs:
         entropy = None if self.entropy is None else self.entropy[rows]
         return TokenLogprobs(self.logprob[rows], entropy, self.mask[rows])
 
+    def detached(self) -> TokenLogprobs:
+        """The same figures without their gradient."""
+        return TokenLogprobs(self.logprob.detach(), self.entropy, self.mask)
+
     def sequence_logprob(self) -> Tensor:
         """log pi(y|x): the sum over the completion up to and including the first EOS, float32 [N]."""
         return masked_sum(self.logprob, self.mask)

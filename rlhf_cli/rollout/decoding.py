@@ -147,7 +147,9 @@ class Decoding:
         in_use = self._in_use()
         rows = _joined([group.rows[: group.num_rows] for group in in_use])
         active = _joined([group.active[: group.num_rows] for group in in_use])
-        ids, logprob = sample_token(logits, self._noise[rows, self._place], self._shape.sampling.temperature)
+        how = self._shape.sampling
+        noise = self._noise[rows, self._place]
+        ids, logprob = sample_token(logits, noise, how.temperature, how.top_k, how.top_p)
         self._tokens[rows, self._place] = torch.where(active, ids, -1)
         self._logprob[rows, self._place] = torch.where(active, logprob, 0.0)
         active = active & ~is_eos(ids, self._shape.stop_ids)

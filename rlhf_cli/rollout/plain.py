@@ -53,7 +53,9 @@ def decode_plain(
     lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
     logprob_sum = torch.zeros(num_rows, device=device)
     for column in range(sampling.max_new_tokens):
-        ids, logprob = sample_token(logits, noise[rows, column], sampling.temperature)
+        ids, logprob = sample_token(
+            logits, noise[rows, column], sampling.temperature, sampling.top_k, sampling.top_p
+        )
         result[rows[active], column] = ids[active]
         lengths[rows[active]] = column + 1
         logprob_sum[rows[active]] += logprob[active]
