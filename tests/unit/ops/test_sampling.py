@@ -147,3 +147,11 @@ def test_log_probs_are_those_of_the_distribution_whatever_the_logits_size():
         torch.log_softmax(logits / 0.5, -1)[[0, 1], [1, 0]].tolist(), rel=1e-5
     )
     assert logits[0].tolist() == [500.0, 499.0, -2000.0]
+
+
+def test_rounding_of_a_blocks_sum_draws_nothing_behind_its_last_possible_token():
+    generator = torch.Generator().manual_seed(4)
+    probability = torch.rand((4000, 128), generator=generator)
+    probability[:, 100:] = 0.0
+    picked, _ = inverse_cdf(probability, torch.full((4000,), LARGEST_UNIFORM))
+    assert (picked < 100).all()

@@ -9,7 +9,7 @@ def _cost(groups, lengths, group_cost):
     return sum(len(group) * max(lengths[i] for i in group) + group_cost for group in groups)
 
 
-@pytest.mark.parametrize("group_cost", [0.0, 3.0, 20.0, 1e9])
+@pytest.mark.parametrize("group_cost", [0.0, 1.0, 3.0, 7.0, 12.0, 20.0, 40.0, 70.0, 1e9])
 @pytest.mark.parametrize("lengths", [[5], [3, 3], [9, 1, 4, 4, 30, 2, 8], [8, 10, 12, 9, 8, 96, 24, 11, 17]])
 def test_no_other_split_at_these_places_costs_less(lengths, group_cost):
     groups = split_lengths(lengths, group_cost)
