@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -24,7 +24,6 @@ from rlhf_cli.report.plots import FrontPoint, reward_bars, reward_vs_kl
 from rlhf_cli.report.tables import PolicyRow, policy_table
 from rlhf_cli.rewards.ensemble import load_scorer
 from rlhf_cli.rewards.model import Scorer
-from rlhf_cli.rollout.engine import Sampling
 from rlhf_cli.runs.job import Artifact, Job
 from rlhf_cli.stages import file_digest, resolve_rm, resolve_sft
 from rlhf_cli.train.recorder import RunRecorder, recorded_run
@@ -91,7 +90,7 @@ def _evaluate_policies(
         preferred=data.pairs_test[config.eval.split][: config.eval.num_prompts],
         max_prompt_tokens=data.max_prompt_tokens,
         max_completion_tokens=data.max_completion_tokens,
-        sampling=Sampling(config.rollout.max_new_tokens, config.eval.temperature, config.rollout.max_rows),
+        sampling=replace(job.sampling, temperature=config.eval.temperature),
         samples_per_prompt=config.eval.samples_per_prompt,
         seed=derive_seed(config.seed, "eval"),
     )

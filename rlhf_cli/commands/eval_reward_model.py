@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ from rlhf_cli.report.reward_plots import (
 )
 from rlhf_cli.report.tables import figure_table, sweep_table
 from rlhf_cli.rewards.model import Scorer
-from rlhf_cli.rollout.engine import Sampling
 from rlhf_cli.runs.job import Artifact, Job
 from rlhf_cli.train.recorder import RunRecorder
 from rlhf_cli.train.seeding import derive_seed
@@ -226,7 +225,7 @@ def _best_of(job: Job, reward_model: Scorer, sampler: Artifact, folder: Path) ->
         data.gold,
         prompts,
         data.max_prompt_tokens,
-        Sampling(config.rollout.max_new_tokens, config.eval.temperature, config.rollout.max_rows),
+        replace(job.sampling, temperature=config.eval.temperature),
         config.eval.best_of_samples,
         derive_seed(config.seed, "best-of-n"),
         job.precision,

@@ -82,6 +82,7 @@ class RolloutConfig:
     top_p: float | None = None
     max_new_tokens: int = 256
     max_rows: int = 512
+    max_tokens: int | None = 262144
 
     def check(self) -> None:
         """Raises RequestError for impossible values."""
@@ -94,6 +95,8 @@ class RolloutConfig:
         for key in ("max_new_tokens", "max_rows"):
             if getattr(self, key) < 1:
                 raise bad_value(f"rollout.{key}", getattr(self, key), "a whole number >= 1")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise bad_value("rollout.max_tokens", self.max_tokens, "a whole number >= 1, or null")
 
     def cuts(self) -> tuple[str, float] | None:
         """The key, and its value, that takes tokens out of the distribution; None where none does."""

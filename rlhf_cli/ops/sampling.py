@@ -8,11 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Tokens summed at once. A cumulative sum goes token by token; sums of blocks, and then the tokens of one block, are two
+# orders of magnitude fewer of its steps.
+_BLOCK = 128
+
 
 def inverse_cdf(weight: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """The token whose interval of the cumulative distribution holds `uniform`, in the order of the vocabulary.
 
-    One uniform number a row is enough for an exact draw, whatever the vocabulary's size.
+    One uniform number a row is enough for an exact draw, whatever the vocabulary's size. The block of tokens in which
+    the number falls is found first, then the token in it.
 
     Args:
         weight: float32 [N, V], probabilities up to a factor of the row.
@@ -21,13 +26,30 @@ def inverse_cdf(weight: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         int64 [N], never a token of weight 0; and the sum of each row, float32 [N].
     """
-    cumulative = torch.cumsum(weight, dim=-1)  # the CPU adds in double precision, and rounds each sum
-    if weight.is_cuda:
-        cumulative = never_falling(cumulative, weight)
-    total = cumulative[:, -1]
+    size = weight.shape[-1]
+    whole = size - size % _BLOCK
+    blocks = weight[:, :whole].unflatten(-1, (-1, _BLOCK)).sum(-1)
+    if whole < size:
+        blocks = torch.cat([blocks, weight[:, whole:].sum(-1, keepdim=True)], dim=-1)
+    cumulative = _cumulative(blocks)
+    total = cumulative[:, -1:]
     # Scaled by the rounded total: a float32 below 1 is at most 1 - 2^-24, so the product rounds to below the total
-    # and the draw cannot run past the last possible token.
-    return torch.searchsorted(cumulative, (uniform * total)[:, None], right=True)[:, 0], total
+    # and the draw cannot run past the last possible block.
+    number = uniform[:, None] * total
+    block = torch.searchsorted(cumulative, number, right=True)
+    before = torch.where(block > 0, cumulative.gather(-1, (block - 1).clamp(min=0)), 0.0)
+    ids = block * _BLOCK + torch.arange(_BLOCK, device=weight.device)
+    inside = _cumulative(torch.where(ids < size, weight.gather(-1, ids.clamp(max=size - 1)), 0.0))
+    # The block's sum is rounded in another way here: what is left of the number has to stay below it
+    below = torch.nextafter(inside[:, -1:], torch.zeros_like(total))
+    place = torch.searchsorted(inside, torch.minimum(number - before, below), right=True)
+    return (block * _BLOCK + place)[:, 0], total[:, 0]
+
+
+def _cumulative(weight: Tensor) -> Tensor:
+    """Sums along the row that rise at possible tokens only, float32 [N, V]."""
+    cumulative = torch.cumsum(weight, dim=-1)  # the CPU adds in double precision, and rounds each sum
+    return never_falling(cumulative, weight) if weight.is_cuda else cumulative
 
 
 def never_falling(cumulative: Tensor, weight: Tensor) -> Tensor:

@@ -2,37 +2,159 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.data.tokenise import collate
 from rlhf_cli.errors import bad_value
+from rlhf_cli.models.attention import takes_layouts
+from rlhf_cli.models.inference_copy import InferenceCopy, is_adapted
 from rlhf_cli.models.loading import eos_ids
-from rlhf_cli.models.positions import max_positions, token_positions
-from rlhf_cli.ops.masks import is_eos
-from rlhf_cli.ops.sampling import sample_token
+from rlhf_cli.models.positions import max_positions
+from rlhf_cli.models.vocabulary import tokens_only
+from rlhf_cli.rollout.decoding import Decoding, DecodingShape, shape_of
+from rlhf_cli.rollout.grouping import chunks, split_lengths
 from rlhf_cli.rollout.noise import uniform_noise
+from rlhf_cli.rollout.plain import decode_plain
+from rlhf_cli.rollout.sampling import Sampling as Sampling  # importable from here too
+from rlhf_cli.rollout.tuning import Tuning, tuning_for
 from rlhf_cli.types import PromptBatch, Rollout
 
-# Finished rows are dropped when they are this share of the batch: copying the cache costs about one decode step.
-_COMPACT_SHARE = 0.2
+_log = logging.getLogger(__name__)
+
+# Shapes whose cache and graphs are kept on a GPU; on a CPU, where nothing is captured, none is.
+_MAX_KEPT = 2
+
+# What a model may do to its logits behind its output layer, by the key in its config, and the value that does nothing.
+_BEHIND_THE_HEAD = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1}
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How completions are drawn."""
+class Engine:
+    """Samples from one model, whose weights may change between two rollouts.
 
-    max_new_tokens: int
-    temperature: float = 1.0
-    max_rows: int = 512  # rows decoded together
-    top_k: int | None = None  # tokens that are drawn from: see `ops.sampling.truncated_logits`
-    top_p: float | None = None
+    Under autocast, and where a LoRA adapter is in the model, it decodes with a copy (`InferenceCopy`) that is refreshed
+    for each rollout. On a GPU, the cache and the graphs captured for it stay for the next rollout as well.
+    """
+
+    def __init__(self, model: PreTrainedModel, tuning: Tuning | None = None) -> None:
+        """Where an argument does not say it.
+
+        Args:
+            model: causal language model in eval mode.
+            tuning: sizes that change no token; None = what suits the model's device.
+        """
+        self._model = model
+        self._tuning = tuning_for(model.device) if tuning is None else tuning
+        self._copies: dict[torch.dtype | None, InferenceCopy] = {}
+        self._kept: OrderedDict[DecodingShape, Decoding] = OrderedDict()
+        self._addresses: tuple[int, ...] = ()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        batch: PromptBatch,
+        samples_per_prompt: int,
+        sampling: Sampling,
+        seed: int,
+        step: int,
+    ) -> Rollout:
+        """Samples k completions per prompt; arguments, result and errors are those of `generate` below."""
+        _check_room(self._model, batch, sampling)
+        k = samples_per_prompt
+        stop_ids = eos_ids(self._model, tokenizer)
+        pad_id = int(tokenizer.pad_token_id)
+        reason = why_plain(self._model)
+        if reason is not None:
+            _warn_once(f"{type(self._model).__name__} is decoded the slower way: {reason}")
+        decoder = self._decoder() if reason is None else None
+        tokens: list[list[int]] = []
+        logprobs: list[Tensor] = []
+        lengths = [len(ids) for ids in batch.ids]
+        for part in chunks(lengths, k, sampling.max_new_tokens, sampling.max_rows, sampling.max_tokens):
+            prompts = batch.ids[part]
+            index = [i for i in batch.index[part] for _ in range(k)]
+            sample = list(range(k)) * len(prompts)
+            noise = torch.from_numpy(uniform_noise(seed, step, index, sample, sampling.max_new_tokens))
+            if decoder is None:
+                found = decode_plain(self._model, pad_id, prompts, k, sampling, noise, stop_ids)
+            else:
+                found = self._decode(decoder, prompts, k, sampling, noise, stop_ids)
+            tokens.extend(found[0])
+            logprobs.append(found[1].cpu())
+        return _rollout(self._model, tokenizer, batch, k, tokens, torch.cat(logprobs), stop_ids)
+
+    def _decoder(self) -> PreTrainedModel:
+        """What is decoded with: the model, or a copy with its present weights."""
+        kind = self._model.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        decoder = self._model
+        if dtype is not None or is_adapted(self._model):
+            if dtype in self._copies:
+                self._copies[dtype].refresh()
+            else:
+                self._copies[dtype] = InferenceCopy(self._model, dtype)
+            decoder = self._copies[dtype].model
+        addresses = tuple(tensor.data_ptr() for tensor in (*decoder.parameters(), *decoder.buffers()))
+        if addresses != self._addresses:
+            self._kept.clear()  # their graphs read the weights where these were
+            self._addresses = addresses
+        return decoder
+
+    def _decode(
+        self,
+        decoder: PreTrainedModel,
+        prompts: Sequence[tuple[int, ...]],
+        k: int,
+        sampling: Sampling,
+        noise: Tensor,
+        stop_ids: tuple[int, ...],
+    ) -> tuple[list[list[int]], Tensor]:
+        """Decodes k rows for each prompt; returns their tokens (the EOS included) and summed log-probs."""
+        lengths = [len(ids) for ids in prompts]
+        groups = split_lengths(lengths, self._tuning.group_bytes / _bytes_per_column(decoder, k))
+        kind = decoder.device.type
+        is_lower = kind != "cpu" and torch.is_autocast_enabled(kind)
+        shape = shape_of(
+            [[lengths[i] for i in group] for group in groups],
+            k,
+            sampling,
+            stop_ids,
+            torch.get_autocast_dtype(kind) if is_lower else torch.float32,
+            self._tuning,
+        )
+        # Rows in the order of the groups, and back
+        order = torch.tensor([i * k + sample for group in groups for i in group for sample in range(k)])
+        with _casting_anew(kind):
+            tokens, logprob = self._decoding(decoder, shape)(
+                [[prompts[i] for i in group] for group in groups], noise[order]
+            )
+        back = order.argsort()
+        rows = tokens.cpu()[back]
+        ends = (rows >= 0).sum(-1).tolist()
+        return [row[:end] for row, end in zip(rows.tolist(), ends, strict=True)], logprob.sum(-1).cpu()[back]
+
+    def _decoding(self, decoder: PreTrainedModel, shape: DecodingShape) -> Decoding:
+        """Memory of this shape: kept from an earlier rollout, or new."""
+        if shape in self._kept:
+            self._kept.move_to_end(shape)
+            return self._kept[shape]
+        model, head = self._model, decoder.get_output_embeddings()
+        made = Decoding(decoder, lambda hidden: tokens_only(model, head(hidden)), shape, self._tuning)
+        if self._tuning.graphs and decoder.device.type == "cuda":
+            self._kept[shape] = made
+            while len(self._kept) > _MAX_KEPT:
+                self._kept.popitem(last=False)
+        return made
 
 
-@torch.no_grad()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -42,7 +164,7 @@ def generate(
     seed: int,
     step: int,
 ) -> Rollout:
-    """Samples k completions per prompt.
+    """Samples k completions per prompt, once; where that is done again and again, an `Engine` saves work.
 
     Args:
         model: causal language model in eval mode.
@@ -60,38 +182,70 @@ def generate(
     Raises:
         RequestError: the longest prompt and the tokens asked for are more than the model has positions.
     """
-    _check_room(model, batch, sampling)
-    k = samples_per_prompt
-    stop_ids = eos_ids(model, tokenizer)
-    per_chunk = max(1, sampling.max_rows // k)
-    tokens: list[list[int]] = []
-    logprobs: list[Tensor] = []
-    for start in range(0, len(batch.ids), per_chunk):
-        stop = start + per_chunk
-        index = [i for i in batch.index[start:stop] for _ in range(k)]
-        sample = list(range(k)) * len(batch.ids[start:stop])
-        noise = torch.from_numpy(uniform_noise(seed, step, index, sample, sampling.max_new_tokens))
-        chunk, logprob = _decode(model, tokenizer, batch.ids[start:stop], k, sampling, noise, stop_ids)
-        tokens.extend(chunk)
-        logprobs.append(logprob)
+    return Engine(model).generate(tokenizer, batch, samples_per_prompt, sampling, seed, step)
+
+
+def why_plain(model: PreTrainedModel) -> str | None:
+    """Why a model is decoded the plain way, in words; None where it need not be."""
+    if not takes_layouts(model) or model.get_output_embeddings() is None:
+        return "its attention cannot be told who sees whom"
+    config = model.config.get_text_config()
+    for key, nothing in _BEHIND_THE_HEAD.items():
+        if getattr(config, key, nothing) not in (None, nothing):
+            return f"its logits are changed behind the output layer ({key})"
+    return None
+
+
+def _casting_anew(kind: str) -> AbstractContextManager[object]:
+    """Autocast, where it is on, without its memory of casts: a graph would read such a tensor when it is gone."""
+    if not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)
+
+
+@functools.lru_cache
+def _warn_once(message: str) -> None:
+    _log.warning(message)
+
+
+def _bytes_per_column(model: PreTrainedModel, k: int) -> float:
+    """Keys and values that a layer reads for one column of one prompt's samples, about."""
+    config = model.config.get_text_config()
+    num_heads = config.num_attention_heads
+    num_key_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    itemsize = 4 if model.device.type == "cpu" else 2
+    return 2.0 * k * num_key_heads * size * itemsize
+
+
+def _rollout(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: PromptBatch,
+    k: int,
+    tokens: Sequence[Sequence[int]],
+    logprob: Tensor,
+    stop_ids: tuple[int, ...],
+) -> Rollout:
     stop_set = set(stop_ids)
     finished = [bool(row) and row[-1] in stop_set for row in tokens]
     texts = tokenizer.batch_decode(
-        [row[:-1] if done else row for row, done in zip(tokens, finished, strict=True)],
+        [list(row[:-1] if done else row) for row, done in zip(tokens, finished, strict=True)],
         skip_special_tokens=True,
         clean_up_tokenization_spaces=False,  # the text is scored: it has to be what the tokens say
     )
     prompt_ids = [list(ids) for ids in batch.ids for _ in range(k)]
     pad_id = int(tokenizer.pad_token_id)
+    rows = [(prompt, list(row)) for prompt, row in zip(prompt_ids, tokens, strict=True)]
     return Rollout(
-        sequences=collate(list(zip(prompt_ids, tokens, strict=True)), pad_id).to(model.device),
+        sequences=collate(rows, pad_id).to(model.device),
         prompts=tuple(prompt for prompt in batch.prompts for _ in range(k)),
         completions=tuple(texts),
         completion_ids=tuple(tuple(row) for row in tokens),
         prompt_index=torch.tensor(batch.index).repeat_interleave(k),
         sample_index=torch.arange(k).repeat(len(batch.ids)),
         truncated=torch.tensor([not done for done in finished]),
-        sampled_logprob=torch.cat(logprobs).cpu(),
+        sampled_logprob=logprob,
         samples_per_prompt=k,
         tokenizer=tokenizer,
     )
@@ -106,68 +260,3 @@ def _check_room(model: PreTrainedModel, batch: PromptBatch, sampling: Sampling) 
             sampling.max_new_tokens,
             f"at most {limit - longest}: the model has {limit} positions, and a prompt has {longest} tokens",
         )
-
-
-def _decode(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: tuple[tuple[int, ...], ...],
-    k: int,
-    sampling: Sampling,
-    noise: Tensor,
-    stop_ids: tuple[int, ...],
-) -> tuple[list[list[int]], Tensor]:
-    """Decodes k rows for each prompt; returns their tokens (the EOS included) and summed log-probs."""
-    device = model.device
-    # Left padding puts every prompt's last token in the last column, where the first new token is predicted.
-    prefix = collate([(list(ids), []) for ids in prompts], int(tokenizer.pad_token_id), side="left").to(device)
-    attention = prefix.attention_mask.long()
-    positions = token_positions(prefix.attention_mask)
-    output = model(
-        input_ids=prefix.ids,
-        attention_mask=attention,
-        position_ids=positions,
-        past_key_values=DynamicCache(config=model.config),
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    cache = output.past_key_values
-    cache.batch_repeat_interleave(k)
-    logits = output.logits[:, -1].repeat_interleave(k, dim=0)
-    attention = attention.repeat_interleave(k, dim=0)
-    position = positions[:, -1].repeat_interleave(k, dim=0)
-    noise = noise.to(device)
-
-    num_rows = len(prompts) * k
-    rows = torch.arange(num_rows, device=device)  # which result row each row of the batch belongs to
-    active = torch.ones(num_rows, dtype=torch.bool, device=device)
-    result = torch.zeros((num_rows, sampling.max_new_tokens), dtype=torch.long, device=device)
-    lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
-    logprob_sum = torch.zeros(num_rows, device=device)
-    for column in range(sampling.max_new_tokens):
-        ids, logprob = sample_token(
-            logits, noise[rows, column], sampling.temperature, sampling.top_k, sampling.top_p
-        )
-        result[rows[active], column] = ids[active]
-        lengths[rows[active]] = column + 1
-        logprob_sum[rows[active]] += logprob[active]
-        active = active & ~is_eos(ids, stop_ids)
-        num_active = int(active.sum())
-        if num_active == 0 or column + 1 == sampling.max_new_tokens:
-            break
-        position = position + 1
-        attention = torch.cat([attention, attention.new_ones((len(rows), 1))], dim=1)
-        if num_active <= (1 - _COMPACT_SHARE) * len(rows):
-            keep = active.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            rows, ids, position, attention = rows[keep], ids[keep], position[keep], attention[keep]
-            active = active[keep]
-        output = model(
-            input_ids=ids[:, None],
-            attention_mask=attention,
-            position_ids=position[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits = output.logits[:, -1]
-    return [row[:length] for row, length in zip(result.tolist(), lengths.tolist(), strict=True)], logprob_sum

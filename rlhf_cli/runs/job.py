@@ -49,7 +49,9 @@ class Job:
     def sampling(self) -> Sampling:
         """How completions are drawn that something is measured on: policies as they learn, and the reward's scale."""
         rollout = self.config.rollout
-        return Sampling(rollout.max_new_tokens, rollout.temperature, rollout.max_rows)
+        return Sampling(
+            rollout.max_new_tokens, rollout.temperature, rollout.max_rows, max_tokens=rollout.max_tokens
+        )
 
     @property
     def sampling_of_pairs(self) -> Sampling:

@@ -22,7 +22,7 @@ from rlhf_cli.train.recorder import RunRecorder, SilentRecorder, shared_run
 # Shown while a policy learns from its samples, and plotted afterwards.
 _SHOWN = ("reward/mean", "kl/k1", "gold/mean", "length/mean", "loss")
 CURVES = ("reward/mean", "gold/mean", "kl/k1", "entropy", "length/mean", "grad_norm")
-MEMORY_KEYS = ("algo.train.micro_batch_size", "rollout.max_rows")
+MEMORY_KEYS = ("algo.train.micro_batch_size", "rollout.max_rows", "rollout.max_tokens")
 
 
 def shown_keys(job: Job) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from rlhf_cli.ops.logprobs import TokenLogprobs, joined
 from rlhf_cli.ops.policy_losses import sequence_ratio
 from rlhf_cli.rewards.scaling import RewardScaling
 from rlhf_cli.rewards.terms import gold_rewards
-from rlhf_cli.rollout.engine import Sampling, generate
+from rlhf_cli.rollout.engine import Engine, Sampling
 from rlhf_cli.settings import KlPlacement, KlSettings
 from rlhf_cli.train.anchor import EmaAnchor
 from rlhf_cli.train.distributed import ALONE, World
@@ -43,7 +43,7 @@ from rlhf_cli.types import Experience, LossOutput, PolicyBatch, Prompt, PromptBa
 _SAMPLES_KEPT = 8
 
 # In the row of the step that waited for it.
-_ROLLOUT_TIMES = ("time/rollout_s", "time/score_s")
+_ROLLOUT_TIMES = ("time/rollout_s", "time/score_s", "throughput/rollout_tokens_per_s")
 
 _KL_IN_REWARD = KlSettings()
 
@@ -119,6 +119,7 @@ class PolicyTask(Task):
         self.prompts = prompts
         self.max_prompt_tokens = max_prompt_tokens
         self.sampling = sampling
+        self.engine = Engine(self.policy)
         self.settings = algorithm.train
         self.precision = precision
         self.seed = seed
@@ -231,8 +232,7 @@ class PolicyTask(Task):
         chosen = [int(i) for i in mine.reshape(-1)]
         started = time.perf_counter()
         with self.precision.autocast():
-            rollout = generate(
-                self.policy,
+            rollout = self.engine.generate(
                 self.tokenizer,
                 self._prompt_batch([self.prompts[i] for i in chosen], chosen),
                 k,
@@ -249,7 +249,8 @@ class PolicyTask(Task):
             scores = self.scaling(scores)
         gold = None if self.gold is None else gold_rewards(self.gold, rollout)
         scored = time.perf_counter()
-        timing = dict(zip(_ROLLOUT_TIMES, (sampled - started, scored - sampled), strict=True))
+        speed = sum(map(len, rollout.completion_ids)) / (sampled - started)
+        timing = dict(zip(_ROLLOUT_TIMES, (sampled - started, scored - sampled, speed), strict=True))
         size = mine.shape[1] * k
         return [
             self._prepare_batch(rollout, scores, gold, slice(i * size, (i + 1) * size), timing if i == 0 else {})

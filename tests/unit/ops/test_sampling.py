@@ -116,3 +116,42 @@ def test_bf16_logits_are_drawn_from_in_float32():
     ids, logprob = sample_token(logits, uniform)
     assert logprob.dtype == torch.float32
     assert torch.equal(ids, sample_token(logits.float(), uniform)[0])
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 129, 255, 256, 1000])
+def test_blocks_of_tokens_are_drawn_as_one_row_of_them(size):
+    generator = torch.Generator().manual_seed(size)
+    probability = torch.rand((200, size), generator=generator) ** 4
+    probability[:, torch.rand(size, generator=generator) < 0.3] = 0.0
+    probability[:, 130:400] = 0.0  # whole blocks of nothing
+    probability[:, size // 2] += 0.1
+    exact = probability.double().cumsum(-1)
+    uniform = torch.linspace(0, LARGEST_UNIFORM, 200)
+    number = uniform[:, None].double() * exact[:, -1:]
+    picked, total = inverse_cdf(probability, uniform)
+    torch.testing.assert_close(total.double(), exact[:, -1], rtol=1e-6, atol=0)
+    assert (probability.gather(-1, picked[:, None]) > 0).all()
+    slack = 1e-5 * exact[:, -1:]  # at an interval's end either of two tokens is right
+    above = exact.gather(-1, picked[:, None])
+    below = above - probability.gather(-1, picked[:, None])
+    assert (number < above + slack).all() and (number > below - slack).all()
+    different = picked != torch.searchsorted(exact, number, right=True)[:, 0]
+    assert different.sum() <= 4
+
+
+def test_log_probs_are_those_of_the_distribution_whatever_the_logits_size():
+    logits = torch.tensor([[500.0, 499.0, -2000.0], [-90.0, -91.0, -1e4]])
+    ids, logprob = sample_token(logits, torch.tensor([0.9, 0.1]), 0.5)
+    assert ids.tolist() == [1, 0]
+    assert logprob.tolist() == pytest.approx(
+        torch.log_softmax(logits / 0.5, -1)[[0, 1], [1, 0]].tolist(), rel=1e-5
+    )
+    assert logits[0].tolist() == [500.0, 499.0, -2000.0]
+
+
+def test_rounding_of_a_blocks_sum_draws_nothing_behind_its_last_possible_token():
+    generator = torch.Generator().manual_seed(4)
+    probability = torch.rand((4000, 128), generator=generator)
+    probability[:, 100:] = 0.0
+    picked, _ = inverse_cdf(probability, torch.full((4000,), LARGEST_UNIFORM))
+    assert (picked < 100).all()

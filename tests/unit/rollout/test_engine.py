@@ -6,7 +6,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_cli.rollout.engine import Sampling, generate
+from rlhf_cli.models.attention import ATTENTION
+from rlhf_cli.rollout.engine import Sampling, generate, why_plain
 from rlhf_cli.rollout.noise import uniform_noise
 from rlhf_cli.types import PromptBatch
 
@@ -49,9 +50,22 @@ def _decode_alone(model, prompt, stop_ids, uniform, temperature=1.0):
     return tuple(ids[len(prompt) :]), total
 
 
+@pytest.fixture(params=["layout", "plain"])
+def make_lm(make_model, request):
+    """Decoded in either way."""
+
+    def make(seed):
+        model = make_model(seed=seed)
+        model.set_attn_implementation(ATTENTION if request.param == "layout" else "sdpa")
+        assert (why_plain(model) is None) is (request.param == "layout")
+        return model
+
+    return make
+
+
 @pytest.fixture
-def model(make_model):
-    model = make_model(seed=1)
+def model(make_lm):
+    model = make_lm(seed=1)
     model.generation_config.eos_token_id = SEVERAL_EOS
     return model
 
@@ -129,13 +143,14 @@ def test_seed_and_step_change_the_tokens(model, word_tokenizer):
 
 def test_finished_rows_leave_the_batch(model, word_tokenizer):
     sizes = []
-    handle = model.register_forward_pre_hook(
-        lambda _module, _args, kwargs: sizes.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    handle = model.base_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     rollout = _generate(model, word_tokenizer)
     handle.remove()
     alive = [sum(len(tokens) > t for tokens in rollout.completion_ids) for t in range(1, MAX_NEW)]
-    assert sizes[0] == len(PROMPTS)  # one prefill for each prompt, not for each sample
+    lengths = [len(prompt) for prompt in PROMPTS.values()]  # one prefill for each prompt, not for each sample
+    assert sizes[0] == (len(lengths) * max(lengths) if why_plain(model) else sum(lengths))
     assert len(sizes) == 1 + sum(count > 0 for count in alive)
     for size, count in zip(sizes[1:], alive, strict=False):
         assert count <= size < count / 0.8 + 1e-9  # below a fifth of the rows is finished
@@ -181,8 +196,8 @@ def test_a_pad_that_is_the_eos_changes_nothing(model, word_tokenizer):
     assert same.sequences.completion_mask.sum(-1).tolist() == [len(ids) for ids in rollout.completion_ids]
 
 
-def test_without_any_eos_every_completion_has_the_full_length(make_model, word_tokenizer):
-    model = make_model(seed=1)
+def test_without_any_eos_every_completion_has_the_full_length(make_lm, word_tokenizer):
+    model = make_lm(seed=1)
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     word_tokenizer.eos_token = None
     rollout = _generate(model, word_tokenizer)
@@ -195,8 +210,8 @@ def test_without_any_eos_every_completion_has_the_full_length(make_model, word_t
         assert tokens == _decode_alone(model, PROMPTS[prompt], (), uniform)[0]
 
 
-def test_eos_as_the_first_token_is_a_completion_of_one_token(make_model, word_tokenizer):
-    model = make_model(seed=1)
+def test_eos_as_the_first_token_is_a_completion_of_one_token(make_lm, word_tokenizer):
+    model = make_lm(seed=1)
     model.generation_config.eos_token_id = list(range(24))
     rollout = _generate(model, word_tokenizer)
     assert [len(tokens) for tokens in rollout.completion_ids] == [1] * 15

@@ -245,6 +245,8 @@ def test_odd_completions_train_like_any_other(make_model, word_tokenizer, tmp_pa
     truncated = {"no eos": 1.0, "eos first": 0.0}
     assert rows[0]["length/truncated_frac"] == truncated.get(edge, rows[0]["length/truncated_frac"])
     assert rows[0]["length/mean"] == sum(found) / N
+    sampled = rows[0]["throughput/rollout_tokens_per_s"] * rows[0]["time/rollout_s"]
+    assert sampled == pytest.approx(sum(found))
 
 
 def test_a_pad_that_is_the_eos_gives_the_same_gradient(make_model, word_tokenizer):

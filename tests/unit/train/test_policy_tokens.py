@@ -156,7 +156,7 @@ def test_later_steps_of_a_rollout_have_ratios_and_old_values_of_its_first(
     assert tokens[0] > 0 and [now > before for before, now in itertools.pairwise(tokens)] == (
         [False, False, True] if passes == 3 else [True, False, False]
     )
-    for name in ("time/rollout_s", "time/score_s"):
+    for name in ("time/rollout_s", "time/score_s", "throughput/rollout_tokens_per_s"):
         assert [step for step, row in enumerate(rows) if name in row] == ([0, 3] if passes == 3 else [0])
 
 
