@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import spearmanr
-from study import cell, quiet, reviews_of, rlhf, table
+from study import cell, quiet, reviews_of, rlhf_here, table
 
 from rlhf_cli.data.dataset import GoldReward
 from rlhf_cli.data.swaps import with_swaps
@@ -154,7 +154,7 @@ def run_unit(unit: Unit) -> dict[str, Figures]:
     found = {}
     for name in unit.models:
         folder = unit.folder / name
-        rlhf(
+        rlhf_here(
             "train-rm", *MODELS[name], f"name={name}", f"run_dir={folder}", *common, log=unit.folder / "train.log"
         )
         file = folder / "measured.json"
