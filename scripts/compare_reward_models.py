@@ -124,6 +124,8 @@ def main() -> int:
 
 def run_all(units: Sequence[Unit], jobs: int) -> list[dict[str, Figures]]:
     """The figures of each unit's models, in order; ends with the first that fails."""
+    if jobs == 1:
+        return [run_unit(unit) for unit in units]
     began = time.perf_counter()
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(run_unit, unit) for unit in units]

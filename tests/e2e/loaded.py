@@ -1,4 +1,4 @@
-"""Runs `rlhf` in processes that have everything loaded when they begin: a script, and its handle.
+"""Runs `rlhf`, or a script, in processes that have everything loaded when they begin: a script, and its handle.
 
 The script imports what the commands need once and forks for each of them. From there on a process is as one that a
 user starts: its own arguments, folder, environment and streams, the command's own entry point, the interpreter's own
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -48,7 +49,7 @@ class Loaded:
     def __call__(
         self, arguments: Sequence[str], cwd: Path, environment: dict[str, str], timeout_s: float
     ) -> Ended:
-        """Runs a command to its end; one that takes longer is killed."""
+        """Runs a command to its end, or a script where the first argument is one; what takes longer is killed."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with self._turn, tempfile.TemporaryDirectory() as folder:
             files = [str(Path(folder) / name) for name in ("out", "err")]
@@ -85,6 +86,10 @@ def _serve() -> None:
             os.chdir(cwd)
             os.environ.clear()
             os.environ.update(environment)
+            if arguments[0].endswith(".py"):
+                sys.argv = arguments
+                sys.path[0] = str(Path(arguments[0]).parent)
+                runpy.run_path(arguments[0], run_name="__main__")
             sys.argv = ["rlhf", *arguments]
             main()
         timer = threading.Timer(timeout_s, os.kill, (child, 9))

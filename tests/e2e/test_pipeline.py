@@ -323,8 +323,3 @@ def test_a_sweep_of_two_by_two(place: Path, rloo: Done):
         for number in "0123"
     )
     assert first == second != other_seed
-    # and another launcher no figure
-    arguments[-2:] = ["stages.cache_dir=cache", "run_dir=joblib", "hydra/launcher=joblib"]
-    ok([*arguments, "algo.train.micro_batch_size=2,4", "seed=0,1"], place, program=LOADED)
-    parallel = list(csv.DictReader((place / "joblib" / "summary.csv").open()))
-    assert [timeless(row) for row in parallel] == [timeless(row) for row in groups]
