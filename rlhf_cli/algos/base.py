@@ -79,6 +79,16 @@ class Algorithm:
                 return f"algo.train.{key} compares rewards over time, and they would be on different scales"
         return None
 
+    def support_problem(self, pairs_share_prompt: bool) -> str | None:
+        """Why its samples cannot be drawn from the most likely tokens alone; None where they can.
+
+        `pairs_share_prompt`: as `check_data` has it.
+        """
+        return (
+            f"algo={self.name} measures the KL on its samples, and the reference's most likely tokens can lack one "
+            "that it draws: an infinite KL (pairs that algo=dpo algo.pairs=on_policy samples have no such KL)"
+        )
+
     def needs_reward_model(self, pairs_share_prompt: bool) -> bool:
         """Whether it learns from a reward; `pairs_share_prompt`: as `check_data` has it."""
         return True
@@ -121,6 +131,8 @@ class OnlineAlgorithm(Algorithm, ABC):
     normalised_by: ClassVar[str] = "sequences"
     # True where every token is an action: experience and batches then have figures of tokens
     acts_on_tokens: ClassVar[bool] = False
+    # False where a few samples alone have a part in the loss: a pass for all of them is then better not differentiated
+    learns_from_all: ClassVar[bool] = True
 
     k: int = 1  # samples per prompt
     rollout_batch_size: int | None = None  # samples of a rollout; None = those of one optimizer step

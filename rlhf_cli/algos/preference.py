@@ -80,6 +80,12 @@ class PreferenceAlgorithm(Algorithm, ABC):
         if self.labels is Labels.gold and not has_gold and not self.learns_from_pairs(pairs_share_prompt):
             raise bad_value("algo.labels", "gold", f"rm, because data={name} knows no true reward")
 
+    def support_problem(self, pairs_share_prompt: bool) -> str | None:
+        """None where it samples: pairs are ranked texts, whose log-probs are then taken over all tokens."""
+        if self.learns_from_pairs(pairs_share_prompt):
+            return f"algo={self.name} samples nothing here (algo.pairs=on_policy does)"
+        return None
+
     def running_scale_problem(self) -> str | None:
         """All samples are ranked at once."""
         return f"algo={self.name} ranks all its samples at once"

@@ -37,6 +37,7 @@ class Raft(OnlineAlgorithm):
     """algo=raft."""
 
     normalised_by: ClassVar[str] = "tokens"
+    learns_from_all: ClassVar[bool] = False
 
     name: str = "raft"
     k: int = 4

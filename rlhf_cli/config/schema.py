@@ -78,6 +78,8 @@ class RolloutConfig:
     """Sampling while training."""
 
     temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
     max_new_tokens: int = 256
     max_rows: int = 512
 
@@ -85,9 +87,21 @@ class RolloutConfig:
         """Raises RequestError for impossible values."""
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise bad_value("rollout.temperature", self.temperature, "a number > 0")
+        if self.top_k is not None and self.top_k < 1:
+            raise bad_value("rollout.top_k", self.top_k, "a whole number >= 1, or null")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise bad_value("rollout.top_p", self.top_p, "a number above 0 and up to 1, or null")
         for key in ("max_new_tokens", "max_rows"):
             if getattr(self, key) < 1:
                 raise bad_value(f"rollout.{key}", getattr(self, key), "a whole number >= 1")
+
+    def cuts(self) -> tuple[str, float] | None:
+        """The key, and its value, that takes tokens out of the distribution; None where none does."""
+        if self.top_k is not None:
+            return "rollout.top_k", self.top_k
+        if self.top_p is not None and self.top_p < 1:
+            return "rollout.top_p", self.top_p
+        return None
 
 
 @dataclass
@@ -214,6 +228,7 @@ class RunConfig:
         if isinstance(self.rm, MembersRm) and self.rm.member is not None and self.command != "train-rm":
             raise bad_value("rm.member", self.rm.member, f"null, because {self.command} needs all members")
         self.rollout.check()
+        self._check_support()
         self.eval.check()
         self.checkpoint.check("checkpoint")
         self._check_lengths()
@@ -263,6 +278,18 @@ class RunConfig:
                 raise bad_value(
                     key, value, f"at least the {num_processes} processes{each}, so that each has a share"
                 )
+
+    def _check_support(self) -> None:
+        """Only samples that nothing is measured on may lack the less likely tokens."""
+        if (cut := self.rollout.cuts()) is None:
+            return
+        problem = f"{self.command} samples no pairs (train-policy does, with algo=dpo algo.pairs=on_policy)"
+        if self.command == "train-policy":
+            problem = self.algo.support_problem(self.data.pairs_share_prompt)
+        if problem is not None:
+            key, value = cut
+            usual = "null" if key == "rollout.top_k" else "null or 1"
+            raise bad_value(key, value, f"{usual}, because {problem}")
 
     def _needs_sampler(self) -> bool:
         """Whether best-of-n samples from an SFT model that no policy and no key names."""

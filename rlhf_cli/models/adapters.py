@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -48,6 +48,12 @@ class WithoutAdapter:
         """A forward pass without gradient."""
         with torch.no_grad(), self._switched_off():
             return self._model(**inputs)
+
+    @contextmanager
+    def inside(self) -> Iterator[nn.Module]:
+        """The model itself, with its adapter off and without gradient as long as the context lasts."""
+        with torch.no_grad(), self._switched_off():
+            yield self._model
 
 
 def save_trained(

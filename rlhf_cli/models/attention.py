@@ -1,9 +1,9 @@
 """Attention among tokens that stand in no rectangle: the model works on one row of tokens, a layout says who sees whom.
 
-Everything in a decoder but attention acts on each token by itself. Where all tokens of a batch are laid out in one row,
-without padding and with a shared prompt there once, that part of the work is done for real tokens alone; attention is
-then the business of a `Layout`, which is also where a cache of keys and values lives. A model is switched to it once, by
-`rlhf_cli.models.packing.enable_layouts`; called without a layout it goes on as it did.
+Everything in a decoder but attention acts on each token by itself. Where all tokens of a batch are laid out in one
+row, without padding and with a shared prompt there once, that part of the work is done for real tokens alone; attention
+is then the business of a `Layout`, which is also where a cache of keys and values lives. A model is switched to it
+once, by `rlhf_cli.models.packing.enable_layouts`; called without a layout it goes on as it did.
 """
 
 from __future__ import annotations

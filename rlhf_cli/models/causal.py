@@ -1,16 +1,32 @@
-"""Forward passes of a causal language model over prompt + completion rows."""
+"""Forward passes of a causal language model over prompt + completion rows.
+
+A model that takes layouts works on the rows without padding, a shared prompt once, and its output layer on the states
+that predict a completion token alone (`rlhf_cli.models.packing`, `rlhf_cli.ops.head_logprobs`); any other is called as
+transformers calls it, with padding.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from rlhf_cli.models.attention import takes_layouts
+from rlhf_cli.models.packing import packed_states
 from rlhf_cli.models.positions import check_length, token_positions
-from rlhf_cli.ops.kl import full_kl
-from rlhf_cli.ops.logprobs import TokenLogprobs, completion_logprobs, joined
+from rlhf_cli.models.vocabulary import ids_without_token, tokens_only
+from rlhf_cli.ops.head_logprobs import head_logprobs
+from rlhf_cli.ops.kl import full_kl, token_kl
+from rlhf_cli.ops.logprobs import TokenLogprobs, completion_logprobs, joined, on_grid, predicted, row_logprobs
+from rlhf_cli.ops.masks import masked_sum
 from rlhf_cli.types import Sequences
+
+# Logits of both models that a KL is computed from at a time.
+_KL_LOGITS = 1 << 24
 
 
 class LanguageModel(Protocol):
@@ -42,9 +58,48 @@ def sequence_logits(model: LanguageModel, sequences: Sequences) -> Tensor:
     return forward(model, sequences).logits
 
 
-def token_logprobs(model: LanguageModel, sequences: Sequences, temperature: float = 1.0) -> TokenLogprobs:
+@contextmanager
+def _packable(model: LanguageModel) -> Iterator[PreTrainedModel | None]:
+    """The transformers model behind this one, as long as it is asked; None where it cannot work on packed rows."""
+    inside: Callable[[], Any] | None = getattr(model, "inside", None)  # a policy whose adapter is off
+    if inside is not None:
+        with inside() as inner:
+            yield inner if takes_layouts(inner) else None
+    else:
+        yield model if isinstance(model, PreTrainedModel) and takes_layouts(model) else None
+
+
+def completion_states(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+    """The states that completion tokens are predicted from, [C, H], row by row, of a model that takes layouts."""
+    hidden, packing = packed_states(model, sequences)
+    return hidden.index_select(0, packing.predictors)
+
+
+def token_logprobs(
+    model: LanguageModel, sequences: Sequences, temperature: float = 1.0, with_entropy: bool = True
+) -> TokenLogprobs:
     """Log-probs of the completion tokens under `model`; gradients flow where they are enabled."""
-    return completion_logprobs(sequence_logits(model, sequences), sequences, temperature)
+    with _packable(model) as inner:
+        if inner is not None:
+            states = completion_states(inner, sequences)
+            return logprobs_of_states(inner, states, sequences, temperature, with_entropy)
+    return completion_logprobs(sequence_logits(model, sequences), sequences, temperature, with_entropy)
+
+
+def logprobs_of_states(
+    model: PreTrainedModel, states: Tensor, sequences: Sequences, temperature: float, with_entropy: bool = True
+) -> TokenLogprobs:
+    """Log-probs of the completion tokens from `completion_states` [C, H]."""
+    assert temperature > 0, temperature
+    targets, mask = predicted(sequences)
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        logprob, entropy = head_logprobs(
+            states, head.weight, head.bias, targets, temperature, ids_without_token(model), with_entropy
+        )
+    else:  # one with an adapter of its own
+        logprob, entropy = row_logprobs(tokens_only(model, head(states)), targets, temperature, with_entropy)
+    return TokenLogprobs(on_grid(logprob, mask), None if entropy is None else on_grid(entropy, mask), mask)
 
 
 @torch.no_grad()
@@ -63,18 +118,22 @@ def sequence_logprobs(
     Returns:
         log-prob float32 [N]; mean entropy per completion token float32 [N], nats.
     """
-    tokens = frozen_logprobs(model, sequences, temperature, micro_batch_size)
+    tokens = frozen_logprobs(model, sequences, temperature, micro_batch_size, with_entropy=True)
     return tokens.sequence_logprob(), tokens.mean_entropy()
 
 
 @torch.no_grad()
 def frozen_logprobs(
-    model: LanguageModel, sequences: Sequences, temperature: float, micro_batch_size: int
+    model: LanguageModel,
+    sequences: Sequences,
+    temperature: float,
+    micro_batch_size: int,
+    with_entropy: bool = False,
 ) -> TokenLogprobs:
     """`token_logprobs` of N rows without gradient, `micro_batch_size` at a time."""
     return joined(
         [
-            token_logprobs(model, sequences[start : start + micro_batch_size], temperature)
+            token_logprobs(model, sequences[start : start + micro_batch_size], temperature, with_entropy)
             for start in range(0, len(sequences), micro_batch_size)
         ]
     )
@@ -92,5 +151,30 @@ def full_kls(
     parts = []
     for start in range(0, len(sequences), micro_batch_size):
         rows = sequences[start : start + micro_batch_size]
-        parts.append(full_kl(sequence_logits(policy, rows), sequence_logits(reference, rows), rows, temperature))
+        parts.append(_full_kls(policy, reference, rows, temperature))
     return torch.cat(parts)
+
+
+def _full_kls(policy: LanguageModel, reference: LanguageModel, sequences: Sequences, temperature: float) -> Tensor:
+    states = []
+    for model in (policy, reference):
+        with _packable(model) as inner:
+            if inner is not None:
+                states.append(completion_states(inner, sequences))
+    if len(states) < 2:
+        logits = (sequence_logits(model, sequences) for model in (policy, reference))
+        return full_kl(*logits, sequences, temperature)
+    _, mask = predicted(sequences)
+    found = torch.empty(len(states[0]), device=mask.device)
+    with _packable(policy) as one, _packable(reference) as other:
+        assert one is not None and other is not None
+        head = one.get_output_embeddings()
+        size = max(1, _KL_LOGITS // head.weight.shape[0])
+        for block in (slice(start, start + size) for start in range(0, len(found), size)):
+            q, p = (_head_logits(model, part[block]) for model, part in zip((one, other), states, strict=True))
+            found[block] = token_kl(q, p, temperature)
+    return masked_sum(on_grid(found, mask), mask)
+
+
+def _head_logits(model: PreTrainedModel, states: Tensor) -> Tensor:
+    return tokens_only(model, model.get_output_embeddings()(states))

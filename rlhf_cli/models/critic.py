@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_cli.models.causal import forward, token_logprobs
-from rlhf_cli.ops.logprobs import TokenLogprobs, completion_logprobs
+from rlhf_cli.models.attention import takes_layouts
+from rlhf_cli.models.causal import completion_states, forward, logprobs_of_states, token_logprobs
+from rlhf_cli.ops.logprobs import TokenLogprobs, completion_logprobs, on_grid
 from rlhf_cli.types import Sequences
 
 
@@ -21,9 +22,9 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden states [N, L, D] to values float32 [N, L-1]; column t is the state before token t + 1."""
+        """Hidden states [..., H] to values float32 [...]."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.linear(hidden[:, :-1].float())[..., 0]
+            return self.linear(hidden.float())[..., 0]
 
 
 class SharedCritic(nn.Module):
@@ -47,8 +48,12 @@ class SeparateCritic(nn.Module):
         self.head = ValueHead(classifier.config.hidden_size).to(classifier.device)
 
     def forward(self, sequences: Sequences) -> Tensor:
-        """Values float32 [N, L-1]."""
-        return self.head(forward(self.backbone, sequences).last_hidden_state)
+        """Values float32 [N, L-1], 0 outside the completions; column t is of the state before token t + 1."""
+        if takes_layouts(self.backbone):
+            hidden = completion_states(self.backbone, sequences)
+        else:
+            hidden = _predicting(forward(self.backbone, sequences).last_hidden_state, sequences)
+        return on_grid(self.head(hidden), sequences.completion_mask[:, 1:])
 
 
 Critic = SharedCritic | SeparateCritic
@@ -67,8 +72,19 @@ def policy_outputs(
     policy: PreTrainedModel, critic: Critic | None, sequences: Sequences, temperature: float
 ) -> tuple[TokenLogprobs, Tensor | None]:
     """Log-probs of the completion tokens and, where there is a critic, values float32 [N, L-1]; both with gradient."""
-    if isinstance(critic, SharedCritic):
+    if not isinstance(critic, SharedCritic):
+        tokens = token_logprobs(policy, sequences, temperature)
+        return tokens, None if critic is None else critic(sequences)
+    if takes_layouts(policy):
+        hidden = completion_states(policy, sequences)
+        tokens = logprobs_of_states(policy, hidden, sequences, temperature)
+    else:
         answer = forward(policy, sequences, output_hidden_states=True)
-        return completion_logprobs(answer.logits, sequences, temperature), critic.head(answer.hidden_states[-1])
-    tokens = token_logprobs(policy, sequences, temperature)
-    return tokens, None if critic is None else critic(sequences)
+        hidden = _predicting(answer.hidden_states[-1], sequences)
+        tokens = completion_logprobs(answer.logits, sequences, temperature)
+    return tokens, on_grid(critic.head(hidden), tokens.mask)
+
+
+def _predicting(hidden: Tensor, sequences: Sequences) -> Tensor:
+    """Of states [N, L, H] those that a completion token is predicted from, [C, H], row by row."""
+    return hidden[:, :-1][sequences.completion_mask[:, 1:]]

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from rlhf_cli.errors import RequestError, bad_value
+from rlhf_cli.models.packing import enable_layouts
 from rlhf_cli.models.positions import max_positions as max_positions  # importable from here too
 from rlhf_cli.models.settings import INDEX_FILE, ModelSettings
 from rlhf_cli.models.tokenizer import ensure_pad_token
@@ -74,7 +75,7 @@ def load_causal_lm(key: str, path: str, device: torch.device) -> tuple[PreTraine
     _require_weights(key, path, missing)
     fit_embeddings(model, tokenizer)
     never_without_token(model, tokenizer)
-    return model.to(device).eval(), tokenizer
+    return _ready(model, device), tokenizer
 
 
 def load_classifier(key: str, path: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -87,7 +88,7 @@ def load_classifier(key: str, path: str, device: torch.device) -> tuple[PreTrain
     model, missing = _from_pretrained(AutoModelForSequenceClassification, key, path)
     _require_weights(key, path, missing)
     fit_embeddings(model, tokenizer)
-    return model.to(device).eval(), tokenizer
+    return _ready(model, device), tokenizer
 
 
 def load_backbone_as_classifier(
@@ -107,7 +108,7 @@ def load_backbone_as_classifier(
         if any(not name.startswith(backbone) and name not in missing for name, _ in model.named_parameters()):
             _replace_head(model, seed)  # the path is a classifier itself: its head does not stay
         fit_embeddings(model, tokenizer)
-    return model.to(device).eval(), tokenizer
+    return _ready(model, device), tokenizer
 
 
 def classifier_from_lm(language_model: PreTrainedModel, seed: int, num_labels: int = 1) -> PreTrainedModel:
@@ -120,7 +121,7 @@ def classifier_from_lm(language_model: PreTrainedModel, seed: int, num_labels: i
         torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_config(config)
     model.base_model.load_state_dict(language_model.base_model.state_dict())
-    return model.to(language_model.device).eval()
+    return _ready(model, language_model.device)
 
 
 def build_tiny(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -142,7 +143,15 @@ def build_tiny(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).eval()
+        model = LlamaForCausalLM(config)
+    return _ready(model, torch.device("cpu"))
+
+
+def _ready(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """On its device, in eval mode, working on packed rows where it can."""
+    model.to(device).eval()
+    enable_layouts(model)
+    return model
 
 
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

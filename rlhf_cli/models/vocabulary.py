@@ -14,11 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 
 from rlhf_cli.models.tokenizer import PAD_TOKEN
+from rlhf_cli.ops.head_logprobs import NEVER
 
 _BUFFER = "ids_without_token"
-
-# Finite, because in an entropy or a KL 0 * inf is no number; exp of it is 0 at every temperature below 100.
-_NEVER = -1e4
 
 
 def never_without_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -57,11 +55,17 @@ def tokens_only(model: PreTrainedModel, logits: Tensor) -> Tensor:
     Returns:
         The same tensor. Its gradient needs no masking, as that of a logit is proportional to its probability.
     """
-    ids: Tensor | None = getattr(model, _BUFFER, None)
+    ids = ids_without_token(model)
     if ids is not None:
         with torch.no_grad():
-            logits.index_fill_(-1, ids, _NEVER)
+            logits.index_fill_(-1, ids, NEVER)
     return logits
+
+
+def ids_without_token(model: PreTrainedModel) -> Tensor | None:
+    """The ids of probability 0, int64; None where every id has a token."""
+    ids: Tensor | None = getattr(model, _BUFFER, None)
+    return ids
 
 
 def _on_forward(model: PreTrainedModel, _: object, output: CausalLMOutput) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlhf_cli.ops.logprobs import on_grid
 from rlhf_cli.ops.masks import masked_sum
 from rlhf_cli.types import Sequences
 
@@ -112,9 +113,13 @@ def full_kl(policy_logits: Tensor, ref_logits: Tensor, sequences: Sequences, tem
         float32 [N], nats per completion.
     """
     mask = sequences.completion_mask[:, 1:]
-    log_q = torch.log_softmax(policy_logits[:, :-1][mask].float() / temperature, dim=-1)
-    log_p = torch.log_softmax(ref_logits[:, :-1][mask].float() / temperature, dim=-1)
+    per_token = token_kl(policy_logits[:, :-1][mask], ref_logits[:, :-1][mask], temperature)
+    return masked_sum(on_grid(per_token, mask), mask)
+
+
+def token_kl(policy_logits: Tensor, ref_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Full-vocabulary KL(pi||ref) of C distributions, float32 [C], nats, of logits [C, V]."""
+    log_q = torch.log_softmax(policy_logits.float() / temperature, dim=-1)
+    log_p = torch.log_softmax(ref_logits.float() / temperature, dim=-1)
     # clamp: equal distributions may give -1e-9 by rounding, and a KL is never negative
-    per_token = (log_q.exp() * (log_q - log_p)).sum(-1).clamp(min=0)
-    grid = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_scatter(mask, per_token)
-    return masked_sum(grid, mask)
+    return (log_q.exp() * (log_q - log_p)).sum(-1).clamp(min=0)

@@ -1,4 +1,7 @@
-"""Drawing a token from logits with noise that is given, not drawn: same noise, same token."""
+"""Drawing a token from logits with noise that is given, not drawn: same noise, same token.
+
+No shape depends on what a tensor holds, so the host never waits for a device.
+"""
 
 from __future__ import annotations
 
@@ -6,36 +9,36 @@ import torch
 from torch import Tensor
 
 
-def inverse_cdf(probability: Tensor, uniform: Tensor) -> Tensor:
-    """The token whose interval of the cumulative distribution holds `uniform`.
+def inverse_cdf(weight: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """The token whose interval of the cumulative distribution holds `uniform`, in the order of the vocabulary.
 
     One uniform number a row is enough for an exact draw, whatever the vocabulary's size.
 
     Args:
-        probability: float32 [N, V], rows sum to about 1.
+        weight: float32 [N, V], probabilities up to a factor of the row.
         uniform: float32 [N] in [0, 1).
 
     Returns:
-        int64 [N]; never a token of probability 0.
+        int64 [N], never a token of weight 0; and the sum of each row, float32 [N].
     """
-    cumulative = torch.cumsum(probability, dim=-1)
-    if probability.is_cuda:
-        cumulative = never_falling(cumulative, probability)
-    total = cumulative[:, -1:]
+    cumulative = torch.cumsum(weight, dim=-1)  # the CPU adds in double precision, and rounds each sum
+    if weight.is_cuda:
+        cumulative = never_falling(cumulative, weight)
+    total = cumulative[:, -1]
     # Scaled by the rounded total: a float32 below 1 is at most 1 - 2^-24, so the product rounds to below the total
     # and the draw cannot run past the last possible token.
-    return torch.searchsorted(cumulative, uniform[:, None] * total, right=True)[:, 0]
+    return torch.searchsorted(cumulative, (uniform * total)[:, None], right=True)[:, 0], total
 
 
-def never_falling(cumulative: Tensor, probability: Tensor) -> Tensor:
-    """Cumulative probabilities as exact sums would be: rising at possible tokens only, and falling nowhere.
+def never_falling(cumulative: Tensor, weight: Tensor) -> Tensor:
+    """Cumulative weights as exact sums would be: rising at possible tokens only, and falling nowhere.
 
     CUDA adds up in parallel and rounds every prefix on its own, so its sums may fall from one token to the next, or
-    rise at a token of probability 0. The CPU adds in order and needs none of this.
+    rise at a token of weight 0. The CPU adds in order and needs none of this.
 
     Args:
-        cumulative: float32 [N, V], sums of `probability` along the row, up to rounding.
-        probability: float32 [N, V].
+        cumulative: float32 [N, V], sums of `weight` along the row, up to rounding.
+        weight: float32 [N, V].
 
     Returns:
         float32 [N, V].
@@ -44,23 +47,74 @@ def never_falling(cumulative: Tensor, probability: Tensor) -> Tensor:
     >>> never_falling(sums, torch.tensor([[0.5, 0.25, 0.0, 0.0, 0.25]])).tolist()
     [[0.5, 0.75, 0.75, 0.75, 1.0]]
     """
-    return torch.where(probability > 0, cumulative, 0.0).cummax(dim=-1).values
+    return torch.where(weight > 0, cumulative, 0.0).cummax(dim=-1).values
 
 
-def sample_token(logits: Tensor, uniform: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def truncated_logits(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+    """Logits of the distribution over the most likely tokens alone: -inf for all others.
+
+    First top-k, then top-p (Holtzman et al. 2020, arXiv 1904.09751, section 3.1) of what is left, renormalised: the
+    smallest set of its most likely tokens whose probability reaches p. The order, and what becomes of equals, are those
+    of transformers: all that equal the k-th most likely token stay, and of equals at the end of top-p those with the
+    highest ids.
+
+    Args:
+        logits: [..., V], divided by the temperature; the gradient flows through those that stay.
+        top_k: >= 1; None, or at least V: all tokens.
+        top_p: above 0; None, or at least 1: all tokens. The most likely token always stays.
+
+    Returns:
+        [..., V]; `logits` itself where nothing is cut.
+
+    >>> halves = torch.log(torch.tensor([[0.5, 0.125, 0.25, 0.125]]))  # top-2: 2/3 and 1/3
+    >>> truncated_logits(halves, top_k=2).exp().tolist()
+    [[0.5, 0.0, 0.25, 0.0]]
+    >>> truncated_logits(halves, top_p=0.7).exp().tolist()
+    [[0.5, 0.0, 0.25, 0.0]]
+    >>> truncated_logits(halves, top_k=2, top_p=0.6).exp().tolist()
+    [[0.5, 0.0, 0.0, 0.0]]
+    """
+    num_tokens = logits.shape[-1]
+    if top_k is not None and top_k < num_tokens:
+        least = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p is not None and top_p < 1:
+        rising, order = logits.sort(dim=-1, stable=True)
+        cumulative = rising.softmax(dim=-1).cumsum(dim=-1)
+        num_cut = (cumulative <= 1 - top_p).sum(dim=-1, keepdim=True).clamp(max=num_tokens - 1)
+        cut = torch.arange(num_tokens, device=logits.device) < num_cut
+        logits = logits.masked_fill(torch.zeros_like(cut).scatter(-1, order, cut), -torch.inf)
+    return logits
+
+
+def sample_token(
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """Draws the next token of each row.
+
+    The noise runs through the vocabulary in its own order, so that a cut which removes little changes few tokens.
 
     Args:
         logits: [N, V], any float type.
         uniform: float32 [N] in [0, 1).
         temperature: >= 0; 0 takes the most likely token.
+        top_k: as `truncated_logits` has it.
+        top_p: likewise.
 
     Returns:
-        ids int64 [N], and their log-probs float32 [N] at the same temperature (0 when greedy).
+        ids int64 [N], and their log-probs float32 [N] under the distribution that they were drawn from: at the same
+        temperature, over the same tokens (0 when greedy).
     """
     logits = logits.float()
     if temperature == 0.0:
         return logits.argmax(dim=-1), torch.zeros(logits.shape[0], device=logits.device)
-    logprob = torch.log_softmax(logits / temperature, dim=-1)
-    ids = inverse_cdf(logprob.exp(), uniform)
-    return ids, logprob.gather(-1, ids[:, None])[:, 0]
+    if temperature != 1.0:
+        logits = logits / temperature
+    logits = truncated_logits(logits, top_k, top_p)
+    highest = logits.amax(dim=-1, keepdim=True)
+    ids, total = inverse_cdf((logits - highest).exp_(), uniform)  # the highest weight is 1: none overflows
+    return ids, (logits.gather(-1, ids[:, None]) - highest)[:, 0] - total.log()

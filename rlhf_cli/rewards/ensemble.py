@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.data.tokenise import TokenPair
 from rlhf_cli.errors import RequestError
@@ -48,6 +48,10 @@ class EnsembleRewardModel(Scorer):
     def tokenizer(self) -> PreTrainedTokenizerBase:  # type: ignore[override]
         """Of all members."""
         return self.members[0].tokenizer
+
+    def models(self) -> Sequence[PreTrainedModel]:
+        """The members' classifiers."""
+        return [one.model for one in self.members]
 
     def of_rows(self, rows: Sequence[TokenPair], batch_size: int) -> Scores:
         """Scores encoded rows, by M forward passes."""

@@ -33,6 +33,10 @@ class Scorer(ABC):
     format: RewardFormat
 
     @abstractmethod
+    def models(self) -> Sequence[PreTrainedModel]:
+        """The classifiers that are asked."""
+
+    @abstractmethod
     def of_rows(self, rows: Sequence[TokenPair], batch_size: int) -> Scores:
         """Scores encoded rows; on the CPU, in the order given."""
 
@@ -76,6 +80,10 @@ class RewardModel(Scorer):
     def encode(self, prompt: Prompt, completion: str, finished: bool = True) -> TokenPair:
         """Ids of a row, exactly as in training; EOS is appended to finished completions only."""
         return self.format.encode(self.tokenizer, prompt, completion, finished)
+
+    def models(self) -> Sequence[PreTrainedModel]:
+        """The one classifier."""
+        return [self.model]
 
     def of_rows(self, rows: Sequence[TokenPair], batch_size: int) -> Scores:
         """Scores encoded rows."""

@@ -10,6 +10,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.data.tokenise import TokenPair, collate
+from rlhf_cli.models.attention import takes_layouts
+from rlhf_cli.models.packing import packed_states
 from rlhf_cli.models.positions import check_length, first_position, takes_positions, token_positions
 from rlhf_cli.ops.masks import last_true
 from rlhf_cli.types import Sequences
@@ -28,33 +30,41 @@ def logits_of_rows(
 ) -> Tensor:
     """The classifier's outputs for encoded rows, float32 [N, K] on the CPU, in the order given.
 
-    Rows are sorted by length, so that few columns are padding, and cut into forward passes of at most `batch_size` rows
-    and MAX_TOKENS tokens, padding included: short rows go through many at a time, long ones few.
+    Rows are cut into forward passes of at most `batch_size` rows and MAX_TOKENS tokens, padding included: short rows
+    go through many at a time, long ones few. Where padding is computed they are sorted by length first, so that few
+    columns are padding; elsewhere they stay in order, so that rows with one prompt stay together.
     """
     logits = torch.empty(len(rows), int(model.config.num_labels or 1))
-    for chosen in token_batches([len(prompt) + len(completion) for prompt, completion in rows], batch_size):
+    lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+    for chosen in token_batches(lengths, batch_size, in_order=takes_layouts(model)):
         batch = collate([rows[i] for i in chosen], int(tokenizer.pad_token_id))
         logits[chosen] = score_sequences(model, batch.to(model.device)).float().cpu()
     return logits
 
 
-def token_batches(lengths: Sequence[int], max_rows: int, max_tokens: int = MAX_TOKENS) -> Iterator[list[int]]:
-    """Row numbers of each forward pass, the shortest rows first.
+def token_batches(
+    lengths: Sequence[int], max_rows: int, max_tokens: int = MAX_TOKENS, in_order: bool = False
+) -> Iterator[list[int]]:
+    """Row numbers of each forward pass, the shortest rows first unless they are to stay in order.
 
     Args:
         lengths: N, in tokens.
         max_rows: of a pass.
         max_tokens: of a pass, every row padded to its longest; a single row may be longer.
+        in_order: whether the rows stay as they are; their tokens are then counted without padding.
 
     >>> list(token_batches([9, 2, 3, 2], max_rows=3, max_tokens=9))
     [[1, 3, 2], [0]]
     """
     batch: list[int] = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) == max_rows or (len(batch) + 1) * lengths[row] > max_tokens):
+    count = 0
+    for row in range(len(lengths)) if in_order else sorted(range(len(lengths)), key=lengths.__getitem__):
+        tokens = count + lengths[row] if in_order else (len(batch) + 1) * lengths[row]
+        if batch and (len(batch) == max_rows or tokens > max_tokens):
             yield batch
-            batch = []
+            batch, tokens = [], lengths[row]
         batch.append(row)
+        count = tokens
     if batch:
         yield batch
 
@@ -84,6 +94,9 @@ def has_linear_head(model: PreTrainedModel) -> bool:
 
 def pooled_states(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     """What a linear head reads: the backbone's state at the last real token, float32 [N, H]."""
+    if takes_layouts(model):
+        packed, packing = packed_states(model, sequences)
+        return packed[packing.last].float()
     check_length(model, sequences)
     hidden = model.base_model(
         input_ids=sequences.ids,

@@ -28,6 +28,8 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 1.0
     max_rows: int = 512  # rows decoded together
+    top_k: int | None = None  # tokens that are drawn from: see `ops.sampling.truncated_logits`
+    top_p: float | None = None
 
 
 @torch.no_grad()
@@ -143,7 +145,9 @@ def _decode(
     lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
     logprob_sum = torch.zeros(num_rows, device=device)
     for column in range(sampling.max_new_tokens):
-        ids, logprob = sample_token(logits, noise[rows, column], sampling.temperature)
+        ids, logprob = sample_token(
+            logits, noise[rows, column], sampling.temperature, sampling.top_k, sampling.top_p
+        )
         result[rows[active], column] = ids[active]
         lengths[rows[active]] = column + 1
         logprob_sum[rows[active]] += logprob[active]

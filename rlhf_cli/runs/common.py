@@ -115,7 +115,7 @@ def train(
 # has one card, whatever it was built for.
 _CARD_KEYS = {
     "train-sft": ("sft.", "model.", "data.", "precision."),
-    "train-rm": ("rm.", "data.", "rollout.", "precision."),
+    "train-rm": ("rm.", "data.", "rollout.temperature", "rollout.max_new_tokens", "precision."),
     "train-policy": ("algo.", "kl.", "reward.", "rm.noise", "peft.", "data.", "rollout.", "precision."),
 }
 _OF_THE_BUILDER = ("sft.seed", "rm.seed", "rm.member")  # the card has the seed it was trained with

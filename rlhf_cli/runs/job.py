@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rlhf_cli import build
@@ -47,9 +47,15 @@ class Job:
 
     @property
     def sampling(self) -> Sampling:
-        """How completions are drawn while training, and for the reward's scale."""
+        """How completions are drawn that something is measured on: policies as they learn, and the reward's scale."""
         rollout = self.config.rollout
         return Sampling(rollout.max_new_tokens, rollout.temperature, rollout.max_rows)
+
+    @property
+    def sampling_of_pairs(self) -> Sampling:
+        """How completions are drawn that become pairs: of the most likely tokens alone, by request."""
+        rollout = self.config.rollout
+        return replace(self.sampling, top_k=rollout.top_k, top_p=rollout.top_p)
 
     def request(
         self,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from transformers import PreTrainedModel
+
 from rlhf_cli import build
 from rlhf_cli.algos.base import OnlineAlgorithm
 from rlhf_cli.models.causal import LanguageModel
 from rlhf_cli.models.critic import SeparateCritic
 from rlhf_cli.models.loading import load_causal_lm
 from rlhf_cli.models.lora import Lora, plain_weights
+from rlhf_cli.models.low_precision import hold_matrices_in
 from rlhf_cli.models.recompute import enable_recomputation
 from rlhf_cli.runs.common import explained_memory, prepare, train, write_card_of
 from rlhf_cli.runs.job import Artifact, Job
@@ -91,6 +94,8 @@ def policy_task(
     adapter = prepare(recorder, "peft", config.peft, algorithm.train, model, begin, seed)
     if reference is None:
         reference = load_causal_lm("sft.path", sft.path, device)[0] if adapter is None else adapter.off()
+    if isinstance(reference, PreTrainedModel):
+        hold_matrices_in(reference, job.precision.dtype)
     critic = build.critic(algorithm, model, sft.path, seed)
     if isinstance(critic, SeparateCritic) and algorithm.train.gradient_checkpointing:
         enable_recomputation("gradient_checkpointing", critic.backbone)

@@ -24,6 +24,7 @@ from rlhf_cli.errors import RequestError
 from rlhf_cli.files import write_bytes_atomic, write_json_atomic
 from rlhf_cli.models.causal import LanguageModel
 from rlhf_cli.models.loading import load_causal_lm
+from rlhf_cli.models.low_precision import hold_matrices_in
 from rlhf_cli.rollout.engine import generate
 from rlhf_cli.runs.common import COUNTED_ROWS, explained_memory, prepare, say_cuts, train, write_card_of
 from rlhf_cli.runs.job import Artifact, Job
@@ -220,7 +221,7 @@ def _sampled(
     batch = prompt_batch(sft.tokenizer, prompts[mine], range(len(prompts))[mine], job.data.max_prompt_tokens)
     noise = derive_seed(seed, "pairs", split)
     with job.precision.autocast():
-        rollout = generate(sft.model, sft.tokenizer, batch, algo.k, job.sampling, noise, 0)
+        rollout = generate(sft.model, sft.tokenizer, batch, algo.k, job.sampling_of_pairs, noise, 0)
     rewards = _rewards(job, rollout, reward, None if split == "validation" else seed)
     return [as_json(pair) for pair in ranked_pairs(split, rollout, rewards)]
 
@@ -258,6 +259,7 @@ def _reference(
     if job.config.algo.reference is When.on_the_fly:
         if off is None:
             off, _ = load_causal_lm("sft.path", sft.path, job.precision.device)
+            hold_matrices_in(off, job.precision.dtype)
         return Reference(model=off)
     settings = job.config.algo.train
     num_pairs = settings.micro_batch_size or settings.batch_size

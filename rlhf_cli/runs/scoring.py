@@ -15,6 +15,7 @@ from rlhf_cli.data.tokenise import prompt_batch
 from rlhf_cli.errors import RequestError
 from rlhf_cli.models.causal import LanguageModel
 from rlhf_cli.models.loading import load_causal_lm
+from rlhf_cli.models.low_precision import hold_matrices_in
 from rlhf_cli.rewards.ensemble import load_scorer
 from rlhf_cli.rewards.model import Scorer
 from rlhf_cli.rewards.scaling import Moments, RewardScaling
@@ -111,6 +112,8 @@ def load_reward(
     """
     settings, device = job.config.reward, job.precision.device
     reward_model = None if rm is None else load_scorer("rm.path", rm.path, device)
+    for one in () if reward_model is None else reward_model.models():
+        hold_matrices_in(one, job.precision.dtype)
     of_model = (
         None if reward_model is None else RewardOfRollout(reward_model, job.precision, job.config.rollout.max_rows)
     )

@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -205,24 +205,7 @@ def fit(
         TrainingDivergedError: a loss or gradient is not finite.
         StopRequested: a signal came; a checkpoint has been written.
     """
-    optimizer = build_optimizer(task.model, settings)
-    checkpoints = (
-        Checkpoints(folder / "checkpoints", 1, recorder.message) if durable is None else durable.checkpoints
-    )
-    run = _Fit(
-        task,
-        settings,
-        num_steps,
-        folder,
-        recorder,
-        precision,
-        seed,
-        durable,
-        checkpoints,
-        world,
-        optimizer,
-        precision.scaler(),
-    )
+    run = _prepared(task, settings, num_steps, folder, recorder, precision, seed, durable, world)
     counters = _Counters()
     if durable is not None and durable.resume_from is not None:
         counters = _restore(run, durable.resume_from)
@@ -269,9 +252,58 @@ def fit(
     )
 
 
+def steps(
+    task: Task,
+    settings: TrainSettings,
+    num_steps: int,
+    folder: Path,
+    recorder: Recorder,
+    precision: Precision,
+    seed: int,
+) -> Iterator[dict[str, float]]:
+    """The steps of `fit` one by one, each with its row of metrics, and nothing between them: to measure them."""
+    run = _prepared(task, settings, num_steps, folder, recorder, precision, seed, None, ALONE)
+    counters = _Counters()
+    while counters.step < num_steps:
+        counters.step += 1
+        yield _step(run, counters)[0]
+
+
 def task_tensors(task: Task) -> dict[str, Tensor]:
     """All tensors that a checkpoint has of a task, the model's among them."""
     return {**model_tensors(task.model), **{f"task/{name}": value for name, value in task.tensors().items()}}
+
+
+def _prepared(
+    task: Task,
+    settings: TrainSettings,
+    num_steps: int,
+    folder: Path,
+    recorder: Recorder,
+    precision: Precision,
+    seed: int,
+    durable: Durable | None,
+    world: World,
+) -> _Fit:
+    """A run before its first step."""
+    optimizer = build_optimizer(task.model, settings)
+    checkpoints = (
+        Checkpoints(folder / "checkpoints", 1, recorder.message) if durable is None else durable.checkpoints
+    )
+    return _Fit(
+        task,
+        settings,
+        num_steps,
+        folder,
+        recorder,
+        precision,
+        seed,
+        durable,
+        checkpoints,
+        world,
+        optimizer,
+        precision.scaler(),
+    )
 
 
 def _step(run: _Fit, counters: _Counters) -> tuple[dict[str, float], StepBatch]:

@@ -47,6 +47,7 @@ _ROLLOUT_TIMES = ("time/rollout_s", "time/score_s")
 _KL_IN_REWARD = KlSettings()
 
 RewardFunction = Callable[[Rollout], Scores]
+_Outputs = tuple[TokenLogprobs, Tensor | None]  # log-probs, and a critic's values
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class _Prepared:
     num_tokens: int
     metrics: Mapping[str, float]
     samples: Sequence[Mapping[str, Any]]
+    outputs: _Outputs | None  # of the policy, with their gradient, where the loss can go on from these
 
 
 class PolicyTask(Task):
@@ -132,6 +134,7 @@ class PolicyTask(Task):
         self.baseline = BaselineState()
         self._prepared: list[_Prepared] = []
         self._steps_left = 0  # of the current rollout
+        self._pending: _Outputs | None = None  # of the only micro-batch of the step to come
 
     def batch(self, step: int) -> StepBatch:
         """The optimizer batch of a step; a new rollout where the last one is used up."""
@@ -142,6 +145,7 @@ class PolicyTask(Task):
         self._steps_left = num_batches * self.algorithm.num_epochs - update - 1
         prepared, is_new = self._prepared[update % num_batches], update < num_batches
         size = self.micro_batch_size
+        self._pending = prepared.outputs
         return StepBatch(
             micro_batches=[prepared.batch[i : i + size] for i in range(0, len(prepared.batch), size)],
             normaliser=prepared.normaliser,
@@ -155,8 +159,11 @@ class PolicyTask(Task):
 
     def loss(self, micro_batch: PolicyBatch, normaliser: float) -> LossOutput:
         """The algorithm's loss over this micro-batch, and the KL's where that is in the loss."""
-        with recomputing(self.model):
-            tokens, value = self._outputs(micro_batch.sequences)
+        if self._pending is not None:
+            (tokens, value), self._pending = self._pending, None
+        else:
+            with recomputing(self.model):
+                tokens, value = self._outputs(micro_batch.sequences)
         output = self.algorithm.loss(tokens, value, micro_batch, normaliser)
         if self.kl.placement is KlPlacement.reward:
             return output
@@ -254,7 +261,10 @@ class PolicyTask(Task):
     ) -> _Prepared:
         """The rows of a rollout as an optimizer batch, with advantages that all processes' rows have a part in."""
         sequences = rollout.sequences[rows]
-        policy, value, ref, anchor = self._frozen_outputs(sequences)
+        ref, anchor = self._frozen_logprobs(sequences)
+        outputs = self._policy_outputs(sequences)
+        policy = outputs[0].detached()
+        value = None if outputs[1] is None else outputs[1].detach()
         old, ref_logprob, anchor_logprob = (one.sequence_logprob() for one in (policy, ref, anchor))
         reward = scores.reward[rows].to(old.device)
         in_reward = self.kl.placement is KlPlacement.reward
@@ -327,26 +337,35 @@ class PolicyTask(Task):
             num_tokens=int(sequences.attention_mask.sum()),
             metrics=metrics,
             samples=samples[:_SAMPLES_KEPT],
+            outputs=outputs if outputs[0].logprob.requires_grad else None,
         )
 
-    def _outputs(self, sequences: Sequences) -> tuple[TokenLogprobs, Tensor | None]:
+    def _outputs(self, sequences: Sequences) -> _Outputs:
         return policy_outputs(self.policy, self.critic, sequences, self.sampling.temperature)
 
+    def _policy_outputs(self, sequences: Sequences) -> _Outputs:
+        """Of a batch's rows, as the training pass has them, so that the first step's ratio is 1 to the bit.
+
+        Where this rollout serves one step, whose rows all go through the model together, this is the training pass.
+        """
+        size = self.micro_batch_size
+        once = self.algorithm.on_policy and self.algorithm.learns_from_all and len(sequences) <= size
+        with torch.set_grad_enabled(once), recomputing(self.model), self.precision.autocast():
+            parts = [self._outputs(sequences[start : start + size]) for start in range(0, len(sequences), size)]
+        if once:
+            return parts[0]
+        values = [value for _, value in parts if value is not None]
+        return joined([tokens for tokens, _ in parts]), torch.cat(values) if values else None
+
     @torch.no_grad()
-    def _frozen_outputs(
-        self, sequences: Sequences
-    ) -> tuple[TokenLogprobs, Tensor | None, TokenLogprobs, TokenLogprobs]:
-        """Of a batch's rows: the policy's log-probs and values, the reference's log-probs, the anchor's."""
+    def _frozen_logprobs(self, sequences: Sequences) -> tuple[TokenLogprobs, TokenLogprobs]:
+        """Of a batch's rows: the reference's log-probs, and the anchor's; without one the reference is it."""
         temperature, size = self.sampling.temperature, self.micro_batch_size
         with self.precision.autocast():
-            # as the training pass has them, so that the first step's ratio is 1 to the bit
-            parts = [self._outputs(sequences[start : start + size]) for start in range(0, len(sequences), size)]
             ref = frozen_logprobs(self.reference, sequences, temperature, size)
-            anchor = ref
-            if self.anchor is not None:
-                anchor = frozen_logprobs(self.anchor.model, sequences, temperature, size)
-        values = [value for _, value in parts if value is not None]
-        return joined([tokens for tokens, _ in parts]), torch.cat(values) if values else None, ref, anchor
+            if self.anchor is None:
+                return ref, ref
+            return ref, frozen_logprobs(self.anchor.model, sequences, temperature, size)
 
     def _tokens_of_all(self, grids: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Figures of tokens, float32 [n, L-1] of this process' rows, to those of all; the longest row says how wide."""

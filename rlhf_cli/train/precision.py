@@ -19,10 +19,12 @@ class Precision:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Context for forward passes; nothing in fp32."""
-        if self.name == "fp32":
-            return nullcontext()
-        dtype = torch.bfloat16 if self.name == "bf16" else torch.float16
-        return torch.autocast(self.device.type, dtype=dtype)
+        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, dtype=self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What autocast computes matrix products in; None without autocast."""
+        return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
 
     def scaler(self) -> torch.amp.GradScaler:
         """Loss scaler; only fp16 needs one, elsewhere it passes everything through."""

@@ -98,7 +98,9 @@ class PreferenceTask(Task):
         if ref is None:
             assert self.reference.model is not None
             with torch.no_grad():
-                ref = token_logprobs(self.reference.model, micro_batch.sequences).sequence_logprob()
+                ref = token_logprobs(
+                    self.reference.model, micro_batch.sequences, with_entropy=False
+                ).sequence_logprob()
         with recomputing(self.model):
             tokens = token_logprobs(self.model, micro_batch.sequences)
         n = len(micro_batch)
@@ -160,6 +162,7 @@ def reference_logprobs(
     for start in range(0, len(mine), num_pairs):
         sequences = collate_both([pairs[place] for place in mine[start : start + num_pairs]], pad_id)
         with precision.autocast():
-            logprob = token_logprobs(reference, sequences.to(precision.device)).sequence_logprob()
+            tokens = token_logprobs(reference, sequences.to(precision.device), with_entropy=False)
+            logprob = tokens.sequence_logprob()
         parts.append(logprob.cpu().reshape(2, -1).T)
     return world.gather(torch.cat(parts))

@@ -96,7 +96,7 @@ class SftTask(Task):
             tokens = token_logprobs(self.model, micro_batch)
         return LossOutput(
             loss=-masked_sum(tokens.logprob, tokens.mask).sum() / normaliser,
-            metrics={"entropy": tokens.entropy.sum() / normaliser},
+            metrics={"entropy": tokens.sum_entropy() / normaliser},
         )
 
     @torch.no_grad()

@@ -9,8 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import PreTrainedModel
 
 from rlhf_cli.commands.launch import launch
+from rlhf_cli.data.tokenise import encode_prompt
+from rlhf_cli.models.loading import load_causal_lm
 from rlhf_cli.train import sampled_pairs
 from tests.e2e.fixtures_e2e import (
     LOADED,
@@ -65,6 +69,35 @@ def test_pairs_of_the_data_need_no_reward_model(train: Callable[..., int], tmp_p
     assert "without a reward model" in (tmp_path / "run" / "model" / "README.md").read_text()
     given = f"sft.path={next(cache.glob('sft-*'))}"
     assert train(tmp_path / "given", given, "stages.auto=false") == 0, "nothing else has to be given"
+
+
+@torch.no_grad()
+def _least_likely(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> int:
+    """How many tokens are more likely than the completion's least likely one, where it stands."""
+    logits = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(completion)[:, None])
+    return int((logits > chosen).sum(1).max())
+
+
+def test_own_samples_can_be_of_the_most_likely_tokens(
+    train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert train(tmp_path / "all", *SAMPLED) == train(tmp_path / "few", *SAMPLED, "rollout.top_k=4") == 0
+    upstream = [content(tmp_path / name / "run.json")["upstream"] for name in ("all", "few")]
+    assert upstream[0] == upstream[1], "the reward's scale is that of the whole distribution"
+    assert "rollout.temperature" in (card := (Path(upstream[0]["rm"]["path"]) / "README.md").read_text())
+    assert "rollout.top" not in card
+    model, tokenizer = load_causal_lm("sft.path", upstream[0]["sft"]["path"], torch.device("cpu"))
+    rank = {}
+    for name in ("all", "few"):
+        pairs = rows(tmp_path / name / "pairs.jsonl")
+        rank[name] = max(
+            _least_likely(model, encode_prompt(tokenizer, p["prompt"], 999), p["chosen_ids"]) for p in pairs
+        )
+    assert rank["few"] == 3 < rank["all"]
+    capsys.readouterr()
+    assert train(tmp_path / "one", *SAMPLED, "rollout.top_k=1") == 2
+    assert "all samples of the train prompts are ties" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

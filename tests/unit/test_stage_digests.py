@@ -86,6 +86,8 @@ DIGEST_TABLE: dict[str, tuple[Any, bool, bool]] = {
     "eval.num_prompts": (1, False, False),
     "eval.temperature": (0.1, False, False),
     "rollout.max_rows": (1, False, False),
+    "rollout.top_k": (3, False, False),  # the reward's scale is of the whole distribution
+    "rollout.top_p": (0.5, False, False),
     "model.name": ("other", False, False),
     "model.lr": (LearningRates(sft=1.0), False, False),
     "rm.model.name": ("other", False, False),

@@ -15,16 +15,19 @@ PROBABILITY = [0.4, 0.0, 0.25, 0.2, 0.1, 0.04, 0.01]
 def test_inverse_cdf_by_hand():
     probability = torch.tensor([[0.5, 0.25, 0.25]])
     uniform = [0.0, 0.49, 0.5, 0.74, 0.75, 0.99]
-    picked = inverse_cdf(probability.expand(6, 3), torch.tensor(uniform))
+    picked, total = inverse_cdf(probability.expand(6, 3), torch.tensor(uniform))
     assert picked.tolist() == [0, 0, 1, 1, 2, 2]
     assert picked.dtype == torch.int64
+    assert total.tolist() == [1.0] * 6
+    twice, total = inverse_cdf(2 * probability.expand(6, 3), torch.tensor(uniform))
+    assert torch.equal(twice, picked) and total.tolist() == [2.0] * 6
 
 
 def test_evenly_spaced_numbers_hit_every_token_as_often_as_its_probability_says():
     count = 10_000
     uniform = (torch.arange(count) + 0.5) / count
     probability = torch.tensor(PROBABILITY).expand(count, -1)
-    found = torch.bincount(inverse_cdf(probability, uniform), minlength=len(PROBABILITY))
+    found = torch.bincount(inverse_cdf(probability, uniform)[0], minlength=len(PROBABILITY))
     assert (found - count * torch.tensor(PROBABILITY)).abs().max() <= 1  # an interval's ends are rounded
 
 
@@ -50,7 +53,7 @@ def test_frequencies_of_random_numbers_match_probabilities():
     ],
 )
 def test_a_token_without_probability_is_never_drawn(probability, uniform):
-    picked = int(inverse_cdf(torch.tensor([probability]), torch.tensor([uniform]))[0])
+    picked = int(inverse_cdf(torch.tensor([probability]), torch.tensor([uniform]))[0][0])
     assert probability[picked] > 0
 
 
@@ -60,7 +63,7 @@ def test_the_ends_of_the_interval_stay_inside_a_large_vocabulary():
     probability[:, :100] = 0.0
     probability[:, -100:] = 0.0
     for uniform in (0.0, LARGEST_UNIFORM):
-        picked = inverse_cdf(probability, torch.full((64,), uniform))
+        picked, _ = inverse_cdf(probability, torch.full((64,), uniform))
         assert (probability.gather(1, picked[:, None]) > 0).all()
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from rlhf_cli.data.tokenise import encode_examples
 from rlhf_cli.settings import Schedule, Select, TrainSettings
-from rlhf_cli.train.loop import Evaluation, StepBatch, Task, TrainingDivergedError, fit
+from rlhf_cli.train.loop import Evaluation, StepBatch, Task, TrainingDivergedError, fit, steps
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.train.sft import SftTask
 from rlhf_cli.types import Example, LossOutput
@@ -104,6 +104,15 @@ def test_one_step_by_hand(tmp_path):
     assert row["loss"] == pytest.approx((1 * 3 - 2 * 4) / 2)
     assert row["grad_norm"] == pytest.approx(2.5)
     assert task.weight() == pytest.approx([1 - 0.1 * 1.5 / 2.5, 2 + 0.1 * 2 / 3])
+
+
+def test_steps_are_those_of_a_run(tmp_path):
+    run, alone = Toy([(3.0, -4.0)]), Toy([(3.0, -4.0)])
+    _, recording = _fit(run, tmp_path, num_steps=3)
+    rows = list(steps(alone, _settings(), 3, tmp_path, Recording(), FP32, 0))
+    assert alone.weight() == run.weight() and alone.evaluated == []
+    for row, recorded in zip(rows, recording.rows, strict=True):
+        assert row["loss"] == recorded["loss"] and row["grad_norm"] == recorded["grad_norm"]
 
 
 def test_micro_batches_add_up_to_one_step(tmp_path):
