@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import spearmanr
-from study import cell, quiet, reviews_of, rlhf, table
+from study import cell, quiet, reviews_of, rlhf_here, table
 
 from rlhf_cli.data.dataset import GoldReward
 from rlhf_cli.data.swaps import with_swaps
@@ -124,6 +124,8 @@ def main() -> int:
 
 def run_all(units: Sequence[Unit], jobs: int) -> list[dict[str, Figures]]:
     """The figures of each unit's models, in order; ends with the first that fails."""
+    if jobs == 1:
+        return [run_unit(unit) for unit in units]
     began = time.perf_counter()
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(run_unit, unit) for unit in units]
@@ -154,7 +156,7 @@ def run_unit(unit: Unit) -> dict[str, Figures]:
     found = {}
     for name in unit.models:
         folder = unit.folder / name
-        rlhf(
+        rlhf_here(
             "train-rm", *MODELS[name], f"name={name}", f"run_dir={folder}", *common, log=unit.folder / "train.log"
         )
         file = folder / "measured.json"

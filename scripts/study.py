@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from rlhf_cli.build import dataset
+from rlhf_cli.commands.launch import launch
 from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.data.settings import ReviewsSettings
 from rlhf_cli.evaluation.statistics import Estimate
@@ -32,6 +34,19 @@ def rlhf(*arguments: str, log: Path | None = None) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as stream:
             status = subprocess.run(line, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL).returncode
+    _ended(status, arguments, log)
+
+
+def rlhf_here(*arguments: str, log: Path) -> None:
+    """As `rlhf`, in this process, which has loaded what a process of its own would spend its first seconds on."""
+    print("rlhf", *arguments, flush=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as stream, redirect_stdout(stream), redirect_stderr(stream):
+        status = launch(arguments[0], arguments[1:])
+    _ended(status, arguments, log)
+
+
+def _ended(status: int, arguments: Sequence[str], log: Path | None) -> None:
     if status:
         said = "" if log is None else f"{log}:\n{log.read_text(encoding='utf-8', errors='replace')[-_TOLD:]}"
         print(f"failed with status {status}: rlhf {' '.join(arguments)}\n{said}", file=sys.stderr, flush=True)

@@ -4,4 +4,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 rm -f .coverage .coverage.*
-pytest -n 2 --dist loadfile --cov --cov-report=term --durations=15 "$@"
+# Files in order: the long ones of tests/e2e come before the many short ones, which fill up what is left at the end.
+pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --durations=15 "$@"

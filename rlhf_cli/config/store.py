@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from hydra.core.config_store import ConfigStore
 
 from rlhf_cli.algos.registry import algorithms
@@ -47,6 +49,7 @@ _SCHEMAS: dict[str, dict[str, type]] = {
 }
 
 
+@cache  # the jobs of a sweep ask for it again
 def register() -> None:
     """Makes the schemas known under the group `schema`; harmless when repeated."""
     store = ConfigStore.instance()

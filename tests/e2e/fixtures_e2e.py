@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import resource
@@ -17,9 +19,11 @@ from typing import Any
 import pytest
 
 from rlhf_cli.train.run_folder import RunFolder
+from tests.e2e.loaded import Loaded
 
 ROOT = Path(__file__).parents[2]
 RLHF = (str(Path(sys.executable).with_name("rlhf")),)
+LOADED = ("rlhf, loaded",)  # a process of its own that need not import everything first: see loaded.py
 
 # Differ between two equal runs
 CLOCK = ("time_s", "time/", "throughput/", "memory/")
@@ -53,6 +57,9 @@ def run(
     arguments: Sequence[str], cwd: Path, program: Sequence[str] = RLHF, timeout_s: float = 300, **extra: str
 ) -> Done:
     """Runs to its end."""
+    if program is LOADED:
+        ended = _loaded()(arguments, cwd, environment(**extra), timeout_s)
+        return Done(ended.status, ended.out, ended.err, ended.wall_s, ended.cpu_s)
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(
         [*program, *arguments],
@@ -66,6 +73,14 @@ def run(
     wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return Done(done.returncode, done.stdout, done.stderr, wall, cpu)
+
+
+@functools.cache
+def _loaded() -> Loaded:
+    """One for all tests of this process."""
+    loaded = Loaded(environment())
+    atexit.register(loaded.end)
+    return loaded
 
 
 def ok(arguments: Sequence[str], cwd: Path, **options: Any) -> Done:

@@ -7,6 +7,7 @@ to files is seen through Python's audit events, whichever function does it.
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +108,20 @@ def _watch(function: str, event: Callable[[str], None]) -> None:
 
 
 def _serve() -> None:
+    from hydra._internal.hydra import Hydra
+    from matplotlib.figure import Figure
+
     from rlhf_cli import stages  # noqa: F401 - what every command needs
     from rlhf_cli.commands import train  # noqa: F401
     from rlhf_cli.commands.launch import launch
+
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from tests import quick
+
+    quick.compose_quickly()
+    Hydra.get_mode, Figure.savefig = quick.no_search_for_the_mode, quick.save_blank
+    with redirect_stdout(io.StringIO()):
+        launch("train-policy", ["--cfg", "job"])  # what Hydra reads, those that are forked have read
 
     for line in sys.stdin:
         command, arguments, moments, call, log = json.loads(line)

@@ -16,7 +16,19 @@ from rlhf_cli.commands.launch import launch
 from rlhf_cli.data.tokenise import encode_prompt
 from rlhf_cli.models.loading import load_causal_lm
 from rlhf_cli.train import sampled_pairs
-from tests.e2e.fixtures_e2e import content, crash, fail_at, figures, files, ok, rows, run, timeless, weights
+from tests.e2e.fixtures_e2e import (
+    LOADED,
+    content,
+    crash,
+    fail_at,
+    figures,
+    files,
+    ok,
+    rows,
+    run,
+    timeless,
+    weights,
+)
 from tests.e2e.killing import KILLED, Killing
 
 SMALL = ["experiment=smoke", "algo=dpo", "device=cpu", "precision=fp32"]
@@ -279,7 +291,7 @@ def test_ties_in_two_processes_are_one_line(stages: Path, tmp_path: Path):
 def test_two_processes_give_the_figures_of_one(stages: Path, tmp_path: Path):
     together = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     line = ["train-policy", *SMALL, *STEPS, *SAMPLED, "algo.reference=precomputed", "threads=1"]
-    ok([*line, f"stages.cache_dir={stages}", "run_dir=one"], tmp_path)
+    ok([*line, f"stages.cache_dir={stages}", "run_dir=one"], tmp_path, program=LOADED)
     upstream = content(tmp_path / "one" / "run.json")["upstream"]
     given = [f"{stage}.path={artifact['path']}" for stage, artifact in upstream.items()]
     ok([*line, *given, "run_dir=two", "stages.cache_dir=cache"], tmp_path, program=(*together, "-m", "rlhf_cli"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.commands.help import group_choices
-from tests.e2e.fixtures_e2e import Started, content, rows, run
+from tests.e2e.fixtures_e2e import LOADED, Started, content, rows, run
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_the_first_step_comes_within_eight_seconds(first_step_cpu_s: list[float]
 
 def test_a_run_that_fails(tmp_path: Path, smoke: list[str]):
     arguments = ["train-policy", *smoke, "run_dir=run", "algo.train.lr=1e30", "algo.train.warmup_ratio=0"]
-    done = run(arguments, tmp_path)
+    done = run(arguments, tmp_path, program=LOADED)
     assert done.status == 1
     assert done.last_line.startswith("rlhf: failed: step 2: ") and done.last_line.endswith("run/rlhf.log)")
     assert "Traceback" not in done.err and done.out == ""
@@ -69,7 +69,7 @@ def test_a_run_that_fails(tmp_path: Path, smoke: list[str]):
 
 def test_a_job_that_fails_does_not_hide_the_others(tmp_path: Path, smoke: list[str]):
     arguments = ["sweep", "train-policy", *smoke, "run_dir=sweep", "algo.train.warmup_ratio=0"]
-    done = run([*arguments, "algo.train.lr=5e-4,1e30,1e-4"], tmp_path)
+    done = run([*arguments, "algo.train.lr=5e-4,1e30,1e-4"], tmp_path, program=LOADED)
     assert done.status == 1
     table = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").open()))
     assert [(row["job"], row["algo.train.lr"], row["status"]) for row in table] == [

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.commands.sweep import sweep
-from tests.e2e.fixtures_e2e import content, figures, files, run, timeless, weights
+from tests.e2e.fixtures_e2e import LOADED, content, figures, files, run, timeless, weights
 
 JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 JOBS = ("0", "1")
@@ -37,7 +37,7 @@ def one_by_one(place: Path, line: list[str]) -> Path:
 @pytest.fixture(scope="module")
 def parallel(place: Path, line: list[str], one_by_one: Path) -> Path:
     """The sweep in processes of its own."""
-    done = run(["sweep", *line, *JOBLIB, f"run_dir={place / 'joblib'}"], place)
+    done = run(["sweep", *line, *JOBLIB, f"run_dir={place / 'joblib'}"], place, program=LOADED)
     assert done.status == 0, done.err
     return place / "joblib"
 
@@ -65,7 +65,7 @@ def test_only_the_job_that_was_cut_short_runs_again(
     (cut / "summary.json").unlink()
     shutil.rmtree(cut / "model")
     before = files(folder / "0")
-    done = run(["sweep", *line, *JOBLIB, f"run_dir={folder}", "resume=auto"], place)
+    done = run(["sweep", *line, *JOBLIB, f"run_dir={folder}", "resume=auto"], place, program=LOADED)
     assert done.status == 0, done.err
     after = files(folder / "0")
     own = [name for name in before if not name.startswith((".hydra/", "rlhf.log"))]  # Hydra writes its files anew
@@ -78,7 +78,7 @@ def test_only_the_job_that_was_cut_short_runs_again(
 
 def test_a_parallel_job_that_fails_is_listed_beside_those_that_are_done(tmp_path: Path):
     arguments = ["sweep", "train-sft", "experiment=smoke", *JOBLIB, "sft.train.warmup_ratio=0", "run_dir=sweep"]
-    done = run([*arguments, "sft.train.lr=1e30,1e-3"], tmp_path)
+    done = run([*arguments, "sft.train.lr=1e30,1e-3"], tmp_path, program=LOADED)
     assert done.status == 1
     jobs = table(tmp_path / "sweep" / "sweep.csv")
     assert [(job["job"], job["sft.train.lr"], job["status"]) for job in jobs] == [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.fixtures_e2e import content, ok, rows
+from tests.e2e.fixtures_e2e import LOADED, content, ok, rows
 
 COLOURS = ("red", "green", "blue", "grey", "pink", "black", "white", "brown", "amber", "beige")
 
@@ -32,19 +32,23 @@ def write(file: Path, kind: object) -> None:
 @pytest.fixture(scope="module")
 def sft(place: Path) -> Path:
     """A model of the tiny setting, as a folder of its own."""
-    ok(["train-sft", "experiment=smoke", "run_dir=sft", "logger=tensorboard"], place)
+    ok(["train-sft", "experiment=smoke", "run_dir=sft", "logger=tensorboard"], place, program=LOADED)
     return place / "sft"
 
 
 def test_rows_of_strings_go_through_every_stage(place: Path):
     write(place / "strings.jsonl", strings)
     data = ["data=jsonl", "data.path=strings.jsonl", "data.test_fraction=0.2", "data.validation_fraction=0.2"]
-    done = ok(["train-policy", "experiment=smoke", *data, "stages.cache_dir=own", "run_dir=strings"], place)
+    done = ok(
+        ["train-policy", "experiment=smoke", *data, "stages.cache_dir=own", "run_dir=strings"],
+        place,
+        program=LOADED,
+    )
     assert "gold" not in done.out  # nobody knows the true reward of these
     samples = rows(place / "strings" / "samples.jsonl")
     assert samples and all(sample["prompt"].startswith("name colour") for sample in samples)
     assert set(content(place / "strings" / "run.json")["upstream"]) == {"sft", "rm"}
-    ok(["eval", "experiment=smoke", *data, "policies=[strings]", "run_dir=strings-eval"], place)
+    ok(["eval", "experiment=smoke", *data, "policies=[strings]", "run_dir=strings-eval"], place, program=LOADED)
     summary = content(place / "strings-eval" / "summary.json")
     assert "rloo/reward/mean_delta" in summary and not [name for name in summary if "gold" in name]
 
@@ -53,7 +57,11 @@ def test_rows_of_chat_messages_and_a_model_of_ones_own(place: Path, sft: Path):
     write(place / "messages.jsonl", messages)
     data = ["data=jsonl", "data.path=messages.jsonl", "data.test_fraction=0.2", "data.validation_fraction=0.2"]
     model = ["model=pretrained", f"model.path={sft / 'model'}"]
-    ok(["train-policy", "experiment=smoke", *data, *model, "stages.cache_dir=own", "run_dir=messages"], place)
+    ok(
+        ["train-policy", "experiment=smoke", *data, *model, "stages.cache_dir=own", "run_dir=messages"],
+        place,
+        program=LOADED,
+    )
     samples = rows(place / "messages" / "samples.jsonl")
     assert [turn["role"] for turn in samples[0]["prompt"]] == ["system", "user"]
     assert content(place / "messages" / "model" / "config.json")["hidden_size"] == 32
@@ -85,17 +93,21 @@ def test_published_columns_from_files(place: Path):
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content_rows))
     caps = ["data.max_prompt_tokens=64", "data.max_completion_tokens=24", "data.test_fraction=0.3"]
     shared = ["experiment=smoke", *caps, "data.validation_fraction=0.3", "stages.cache_dir=own"]
-    done = ok(["train-rm", "data=hh-rlhf", "data.path=hh.jsonl", *shared, "run_dir=hh-rm"], place)
+    done = ok(["train-rm", "data=hh-rlhf", "data.path=hh.jsonl", *shared, "run_dir=hh-rm"], place, program=LOADED)
     assert "data=hh-rlhf: 60 rows -> 60 pairs (" in done.err
     measure = ["eval", "data=rewardbench", "data.path=bench.jsonl", *shared, "rm.path=hh-rm"]
-    done = ok([*measure, "run_dir=bench-eval"], place)
+    done = ok([*measure, "run_dir=bench-eval"], place, program=LOADED)
     summary = content(place / "bench-eval" / "summary.json")
     accuracy = [summary[f"rm/accuracy{subset}"] for subset in ("", "/easy", "/hard", "/llmbar-natural")]
     assert accuracy[0] == pytest.approx(sum(accuracy[1:]) / 3)
     assert summary["rm/section/chat_hard"] == accuracy[3] and "rm/section/overall" not in summary
     assert "rm/section/chat_hard is not the published one: mt-bench-hard has 0 of its 37 pairs" in done.out
     few = ["data.pairs_per_epoch=32", "data.num_validation_pairs=8", "data.num_test_pairs=8"]
-    done = ok(["train-rm", "data=imdb", "data.path=reviews.jsonl", *shared, *few, "run_dir=reviews-rm"], place)
+    done = ok(
+        ["train-rm", "data=imdb", "data.path=reviews.jsonl", *shared, *few, "run_dir=reviews-rm"],
+        place,
+        program=LOADED,
+    )
     assert "data=imdb: 60 rows -> 60 reviews (" in done.err
 
 
@@ -106,7 +118,11 @@ def test_tensorboard_writes_its_events(sft: Path):
 
 
 def test_wandb_offline_writes_into_the_run(place: Path):
-    ok(["train-sft", "experiment=smoke", "run_dir=wandb-run", "logger=wandb", "logger.mode=offline"], place)
+    ok(
+        ["train-sft", "experiment=smoke", "run_dir=wandb-run", "logger=wandb", "logger.mode=offline"],
+        place,
+        program=LOADED,
+    )
     (written,) = (place / "wandb-run" / "wandb").glob("offline-run-*/run-*.wandb")
     assert written.stat().st_size > 1000
     assert written.stem == f"run-{content(place / 'wandb-run' / 'run.json')['id']}"

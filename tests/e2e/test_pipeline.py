@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.commands.help import group_choices
-from tests.e2e.fixtures_e2e import ROOT, Done, content, ok, rows, run, timeless
+from tests.e2e.fixtures_e2e import LOADED, ROOT, Done, content, ok, rows, run, timeless
 
 RUN_KEYS = {
     "id",
@@ -40,7 +40,9 @@ def rloo(place: Path) -> Done:
 def reinforce(place: Path, rloo: Done) -> Done:
     """The second command, with the cache of the first, which is named by another path."""
     cache = f"stages.cache_dir={place / 'cache'}"
-    return ok(["train-policy", "experiment=smoke", "algo=reinforce", cache, "run_dir=reinforce"], place)
+    return ok(
+        ["train-policy", "experiment=smoke", "algo=reinforce", cache, "run_dir=reinforce"], place, program=LOADED
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +54,8 @@ def policies(place: Path, rloo: Done, reinforce: Done) -> Path:
 @pytest.fixture(scope="module")
 def stages(place: Path, rloo: Done) -> Path:
     """The other training commands, which give their model rather than keep it in the cache."""
-    ok(["train-sft", "experiment=smoke", "run_dir=sft"], place)
-    ok(["train-rm", "experiment=smoke", "sft.path=sft", "run_dir=rm"], place)
+    ok(["train-sft", "experiment=smoke", "run_dir=sft"], place, program=LOADED)
+    ok(["train-rm", "experiment=smoke", "sft.path=sft", "run_dir=rm"], place, program=LOADED)
     return place
 
 
@@ -62,7 +64,7 @@ def evaluation(policies: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     """From another working folder than the policies were trained in."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     both = f"policies=[{policies / 'rloo'},{policies / 'reinforce'}]"
-    done = ok(["eval", "experiment=smoke", both, "eval.split=ood", "run_dir=out"], elsewhere)
+    done = ok(["eval", "experiment=smoke", both, "eval.split=ood", "run_dir=out"], elsewhere, program=LOADED)
     return elsewhere / "out", done
 
 
@@ -173,7 +175,7 @@ def test_evaluation_is_of_the_split_that_was_named(evaluation: tuple[Path, Done]
 
 def test_evaluation_of_the_reward_model_alone(policies: Path):
     arguments = ["eval", "experiment=smoke", f"stages.cache_dir={policies / 'cache'}", "run_dir=rm-alone"]
-    done = ok([*arguments, "eval.best_of_n=3", "eval.best_of_samples=5"], policies)
+    done = ok([*arguments, "eval.best_of_n=3", "eval.best_of_samples=5"], policies, program=LOADED)
     assert "rm: reusing" in done.err and done.err.count("sft: reusing") == 1
     folder = policies / "rm-alone"
     summary = content(folder / "summary.json")
@@ -209,7 +211,7 @@ def test_evaluation_of_the_reward_model_alone(policies: Path):
 
 def test_stages_given_as_run_folders_are_used(stages: Path):
     arguments = ["train-policy", "experiment=smoke", "sft.path=sft", "rm.path=rm", "run_dir=given"]
-    done = ok([*arguments, "stages.auto=false", "stages.cache_dir=unused"], stages)
+    done = ok([*arguments, "stages.auto=false", "stages.cache_dir=unused"], stages, program=LOADED)
     assert "sft: using sft/model (sft.path is set)" in done.err and "rm: using rm/model" in done.err
     assert not (stages / "unused").exists()
     assert content(stages / "given" / "run.json")["upstream"]["rm"]["path"] == "rm/model"
@@ -224,15 +226,15 @@ def test_given_stages_are_the_cached_ones(policies: Path, stages: Path):
 
 
 def test_info_of_a_run(policies: Path):
-    said = [line.split() for line in ok(["info", "rloo"], policies).out.splitlines()]
+    said = [line.split() for line in ok(["info", "rloo"], policies, program=LOADED).out.splitlines()]
     assert ["status", "finished"] in said and ["command", "train-policy"] in said
     assert ["rloo/plots/training.png"] in said
-    wrong = run(["info", "cache"], policies)
+    wrong = run(["info", "cache"], policies, program=LOADED)
     assert (wrong.status, wrong.err) == (2, "rlhf: info cache: holds no run (no run.json)\n")
 
 
 def test_info_of_the_installation(place: Path):
-    said = ok(["info"], place, COLUMNS="400").out
+    said = ok(["info"], place, COLUMNS="400", program=LOADED).out
     assert re.search(rf"^algo= +{', '.join(group_choices('algo'))}", said, re.M) and str(ROOT / "conf") in said
 
 
@@ -272,7 +274,11 @@ def test_a_multirun_of_seeds_and_a_users_own_yaml(place: Path, rloo: Done):
     (place / "mine" / "experiment" / "own.yaml").write_text(
         "# @package _global_\ndefaults:\n  - smoke\nstages: {cache_dir: cache}\nname: own\n"
     )
-    done = ok(["train-policy", "--config-dir", "mine", "experiment=own", "-m", "seed=0,1", "run_dir=multi"], place)
+    done = ok(
+        ["train-policy", "--config-dir", "mine", "experiment=own", "-m", "seed=0,1", "run_dir=multi"],
+        place,
+        program=LOADED,
+    )
     jobs = [place / "multi" / number for number in "01"]
     assert [content(job / "run.json")["name"] for job in jobs] == ["own", "own"]
     assert "job 1: experiment=own seed=1" in done.err
@@ -287,7 +293,7 @@ def test_a_multirun_of_seeds_and_a_users_own_yaml(place: Path, rloo: Done):
 
 def test_a_sweep_of_two_by_two(place: Path, rloo: Done):
     arguments = ["sweep", "train-policy", "experiment=smoke", "stages.cache_dir=cache-of-sweep", "run_dir=sweep"]
-    done = ok([*arguments, "algo.train.micro_batch_size=2,4", "seed=0,1"], place)
+    done = ok([*arguments, "algo.train.micro_batch_size=2,4", "seed=0,1"], place, program=LOADED)
     folder = place / "sweep"
     table = list(csv.DictReader((folder / "sweep.csv").open()))
     assert [(row["job"], row["algo.train.micro_batch_size"], row["seed"], row["status"]) for row in table] == [
@@ -317,8 +323,3 @@ def test_a_sweep_of_two_by_two(place: Path, rloo: Done):
         for number in "0123"
     )
     assert first == second != other_seed
-    # and another launcher no figure
-    arguments[-2:] = ["stages.cache_dir=cache", "run_dir=joblib", "hydra/launcher=joblib"]
-    ok([*arguments, "algo.train.micro_batch_size=2,4", "seed=0,1"], place)
-    parallel = list(csv.DictReader((place / "joblib" / "summary.csv").open()))
-    assert [timeless(row) for row in parallel] == [timeless(row) for row in groups]

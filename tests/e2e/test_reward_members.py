@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_cli.commands.launch import launch
-from tests.e2e.fixtures_e2e import content, environment, files, run
+from tests.e2e.fixtures_e2e import LOADED, content, environment, files, run
 from tests.e2e.killing import KILLED, Killing
 
 STEPS = 4
@@ -105,7 +105,7 @@ def test_members_that_a_sweep_trained_side_by_side_are_those_of_one_command(
     start: Start, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     line = ["train-rm", "rm=warm", "rm.members=3", "rm.member=0,1,2", *SMALL, f"stages.cache_dir={cache}"]
-    done = run(["sweep", *line, *JOBLIB, f"run_dir={tmp_path / 'sweep'}"], tmp_path)
+    done = run(["sweep", *line, *JOBLIB, f"run_dir={tmp_path / 'sweep'}"], tmp_path, program=LOADED)
     assert done.status == 0, done.err
     side_by_side = members(cache)
     assert len(side_by_side) == 3 and len(list(cache.glob("rm-start-*"))) == len(list(cache.glob("sft-*"))) == 1

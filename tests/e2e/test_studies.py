@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from tests.e2e.fixtures_e2e import ROOT, content, environment
+from tests.e2e.fixtures_e2e import LOADED, ROOT, content, run
 
 
-def script(name: str, cwd: Path, *arguments: str) -> str:
+def script(name: str, cwd: Path, *arguments: str, program: Sequence[str] = (sys.executable,)) -> str:
     """Runs a script to its good end; what it printed."""
-    line = [sys.executable, str(ROOT / "scripts" / name), *arguments]
-    done = subprocess.run(line, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    done = run([str(ROOT / "scripts" / name), *arguments], cwd, program=program)
+    assert done.status == 0, done.out + done.err
+    return done.out
 
 
 def test_reward_models_are_compared_once_and_two_members_are_joined_by_a_line(smoke: list[str], tmp_path: Path):
@@ -44,11 +43,12 @@ def test_reward_models_are_compared_once_and_two_members_are_joined_by_a_line(sm
     assert content(tmp_path / "study" / "table.json")["seeds"]["0.25"] == [measured]
     assert (tmp_path / "study" / "table.md").read_text() in first
     written = {name: (folder / name / "model").stat().st_mtime_ns for name in models}
-    assert "1 of 1 done" in script("compare_reward_models.py", tmp_path, *line)
+    again = script("compare_reward_models.py", tmp_path, "--jobs", "1", *line, program=LOADED)
+    assert (tmp_path / "study" / "table.md").read_text() in again
     assert written == {name: (folder / name / "model").stat().st_mtime_ns for name in models}
 
     ends = [folder / "ensemble" / "model" / f"member-{i}" for i in (0, 1)]
-    script("linear_connectivity.py", tmp_path, *map(str, ends), "--points", "3", "--out", "line")
+    script("linear_connectivity.py", tmp_path, *map(str, ends), "--points", "3", "--out", "line", program=LOADED)
     found = content(tmp_path / "line" / "connectivity.json")
     assert found["points"] == [0.0, 0.5, 1.0] and set(found["curves"]) == {"test", "ood"}
     for lines in found["curves"].values():

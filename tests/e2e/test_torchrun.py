@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.e2e.fixtures_e2e import RLHF, Done, content, environment, ok, rows, run, timeless
+from tests.e2e.fixtures_e2e import LOADED, RLHF, Done, content, environment, ok, rows, run, timeless
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 SMALL = ["experiment=smoke", "device=cpu", "precision=fp32", "threads=1"]
@@ -64,7 +66,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "algo.train.eval_every=4",
     ]
     line = ["train-policy", *SMALL, *steps]
-    ok([*line, "run_dir=one", "stages.cache_dir=cache1"], folder)
+    ok([*line, "run_dir=one", "stages.cache_dir=cache1"], folder, program=LOADED)
     ok([*line, "run_dir=two", "stages.cache_dir=cache2"], folder, program=together(2))
     return folder
 
@@ -89,26 +91,40 @@ def test_one_process_writes_and_the_record_says_how_many_there_were(work: Path):
     assert first.keys() == second.keys() and first["samples"] == second["samples"]
 
 
-@pytest.mark.parametrize(("algo", "steps"), [("reinforce", 5), ("ppo", 5), ("raft", 5), ("warp", 2)])
-def test_three_processes_with_uneven_shares(work: Path, algo: str, steps: int):
+UNEVEN = {"reinforce": 5, "ppo": 5, "raft": 5, "warp": 2}
+
+
+@pytest.fixture(scope="module")
+def uneven(work: Path) -> tuple[Path, Done]:
+    """Each algorithm in one process and in three, and what the three said of all algorithms."""
+    given = [f"{name}.path={stage(work, 'cache1', name)}" for name in ("sft", "rm")]
+    lines = []
+    for algo, steps in UNEVEN.items():
+        few = ["algo.k=2", f"algo.train.steps={steps}", "algo.train.samples_every=1"]
+        line = ["train-policy", *SMALL, *given, f"algo={algo}", *few]
+        ok([*line, f"run_dir={algo}1"], work, program=LOADED)
+        lines.append([free_port(), [*line, f"run_dir={algo}3"]])
+    ranks = str(Path(__file__).with_name("ranks.py"))
+    return work, ok([json.dumps(lines)], work, program=(*TORCHRUN, "3", ranks))
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.mark.parametrize("algo", UNEVEN)
+def test_three_processes_with_uneven_shares(uneven: tuple[Path, Done], algo: str):
     """Eight samples are four prompts of two: shares of two, one and one.
 
     The moving baseline, the whitening of advantages and the number of tokens are of the whole batch.
     """
-    line = [
-        "train-policy",
-        *SMALL,
-        f"algo={algo}",
-        "algo.k=2",
-        f"algo.train.steps={steps}",
-        "algo.train.samples_every=1",
-    ]
-    given = [f"{name}.path={stage(work, 'cache1', name)}" for name in ("sft", "rm")]
-    ok([*line, *given, f"run_dir={algo}1"], work)
-    done = ok([*line, *given, f"run_dir={algo}3"], work, program=together(3))
-    assert_equal_figures(work / f"{algo}1", work / f"{algo}3")
-    assert samples(work / f"{algo}1") == samples(work / f"{algo}3") != []
-    assert done.err.count("parameters are trained") == 1, "said once, not by each process"
+    folder, done = uneven
+    assert_equal_figures(folder / f"{algo}1", folder / f"{algo}3")
+    assert samples(folder / f"{algo}1") == samples(folder / f"{algo}3") != []
+    assert content(folder / f"{algo}3" / "run.json")["processes"] == 3
+    assert done.err.count("parameters are trained") == len(UNEVEN), "said once, not by each process"
 
 
 class Together:
