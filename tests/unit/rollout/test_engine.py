@@ -144,7 +144,8 @@ def test_seed_and_step_change_the_tokens(model, word_tokenizer):
 def test_finished_rows_leave_the_batch(model, word_tokenizer):
     sizes = []
     handle = model.base_model.register_forward_pre_hook(
-        lambda _module, _args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
+        lambda _module, args, kwargs: sizes.append((args[0] if args else kwargs["input_ids"]).numel()),
+        with_kwargs=True,
     )
     rollout = _generate(model, word_tokenizer)
     handle.remove()
