@@ -46,6 +46,7 @@ class TrainSettings:
     epochs: float = 1.0  # passes over the data, read where steps is null
     batch_size: int = 32  # rows (examples, pairs or sampled sequences) per optimizer step
     micro_batch_size: int | None = None  # rows per forward pass; null = the whole batch at once
+    micro_batch_tokens: int | None = None  # tokens per forward pass, a longer row alone; null = no limit
     gradient_checkpointing: bool = False  # activations are computed again in the backward pass: less memory
     lr: float = 2e-5
     schedule: Schedule = Schedule.cosine
@@ -64,7 +65,8 @@ class TrainSettings:
 
     def check(self, where: str) -> None:
         """Raises RequestError for impossible values; `where` is the key prefix, e.g. "algo.train"."""
-        for key in ("steps", "batch_size", "micro_batch_size", "eval_every", "patience", "samples_every"):
+        counts = ("steps", "batch_size", "micro_batch_size", "micro_batch_tokens", "eval_every", "patience")
+        for key in (*counts, "samples_every"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise bad_value(f"{where}.{key}", value, "a whole number >= 1")

@@ -85,17 +85,17 @@ class _HeadLogprobs(torch.autograd.Function):
             kept = torch.empty((count, size), dtype=dtype, device=hidden.device)
         for block in _blocks(count, size, hidden.device):
             logits = _logits(states[block], matrix, offset, temperature, never)
-            log_normaliser = torch.logsumexp(logits, dim=-1)
-            normaliser[block] = log_normaliser
-            logprob[block] = logits.gather(-1, targets[block, None])[:, 0] - log_normaliser
-            if not with_entropy and kept is None:
-                continue
-            probability = (logits - log_normaliser[:, None]).exp_()
-            if kept is not None:
-                kept[block] = probability
+            peak = logits.amax(dim=-1, keepdim=True)
+            chosen = logits.gather(-1, targets[block, None])[:, 0]
+            weight_of = (logits - peak).exp_()
+            total = weight_of.sum(-1)
+            normaliser[block] = log_normaliser = peak[:, 0] + total.log()
+            logprob[block] = chosen - log_normaliser
             if with_entropy:
                 # H = log Z - E[logit]; needs no tensor of log-probabilities
-                entropy[block] = log_normaliser - probability.mul_(logits).sum(-1)
+                entropy[block] = log_normaliser - torch.einsum("cv,cv->c", weight_of, logits) / total
+            if kept is not None:
+                kept[block] = weight_of.div_(total[:, None])
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser, kept, never)
         ctx.temperature, ctx.dtype = temperature, dtype
         ctx.mark_non_differentiable(entropy)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.data.tokenise import TokenPair, collate
 from rlhf_cli.models.attention import takes_layouts
-from rlhf_cli.models.packing import packed_states
+from rlhf_cli.models.packing import like_lengths, packed_states
 from rlhf_cli.models.positions import check_length, first_position, takes_positions, token_positions
 from rlhf_cli.ops.masks import last_true
 from rlhf_cli.types import Sequences
@@ -19,6 +19,9 @@ from rlhf_cli.types import Sequences
 # Of one forward pass of scoring: no row is followed by a gradient, so that many fit.
 MAX_ROWS = 512
 MAX_TOKENS = 16_384
+
+# Rows of an encoder that go through it together are at least this long, as a share of the longest of them.
+_LIKE_LENGTH = 0.875
 
 
 @torch.no_grad()
@@ -83,7 +86,7 @@ def score_sequences(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     """
     if not has_linear_head(model):
         check_length(model, sequences)
-        return _score_by_first_token(model, sequences)
+        return _score_in_groups(model, sequences)
     return head_of_pooled(model, pooled_states(model, sequences))
 
 
@@ -114,9 +117,24 @@ def head_of_pooled(model: PreTrainedModel, pooled: Tensor) -> Tensor:
         return model.score(pooled)
 
 
+def _score_in_groups(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+    """Rows of like length together, so that less than a tenth of what is computed is padding."""
+    groups = like_lengths(sequences.attention_mask.sum(-1).tolist(), _LIKE_LENGTH)
+    if len(groups) <= 1:
+        return _score_by_first_token(model, sequences)
+    order = torch.tensor([row for group in groups for row in group], device=sequences.ids.device)
+    rows = sequences[order]
+    parts, start = list[Tensor](), 0
+    for group in groups:
+        parts.append(_score_by_first_token(model, rows[start : start + len(group)]))
+        start += len(group)
+    return torch.cat(parts)[order.argsort()]
+
+
 def _score_by_first_token(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     # A stable sort by "is padding" keeps the tokens in order and puts them in front.
-    order = sequences.attention_mask.logical_not().sort(dim=-1, stable=True).indices
+    width = int(sequences.attention_mask.sum(-1).max())
+    order = sequences.attention_mask.logical_not().sort(dim=-1, stable=True).indices[:, :width]
     ids, attention = sequences.ids.gather(-1, order), sequences.attention_mask.gather(-1, order)
     # RoBERTa would find its positions by the id of pad, which is for the mask alone to say.
     positions = {}

@@ -119,7 +119,14 @@ _CARD_KEYS = {
     "train-policy": ("algo.", "kl.", "reward.", "rm.noise", "peft.", "data.", "rollout.", "precision."),
 }
 _OF_THE_BUILDER = ("sft.seed", "rm.seed", "rm.member")  # the card has the seed it was trained with
-_NOT_ON_CARD = (".path", ".cache_dir", ".micro_batch_size", ".samples_every", ".gradient_checkpointing")
+_NOT_ON_CARD = (
+    ".path",
+    ".cache_dir",
+    ".micro_batch_size",
+    ".micro_batch_tokens",
+    ".samples_every",
+    ".gradient_checkpointing",
+)
 
 
 def write_card_of(

@@ -17,7 +17,7 @@ from rlhf_cli.algos.base import BaselineState, OnlineAlgorithm
 from rlhf_cli.data.dataset import GoldReward
 from rlhf_cli.data.tokenise import prompt_batch
 from rlhf_cli.models.adapters import Adapter, save_trained
-from rlhf_cli.models.causal import LanguageModel, frozen_logprobs
+from rlhf_cli.models.causal import LanguageModel, token_logprobs
 from rlhf_cli.models.critic import ActorCritic, Critic, policy_outputs
 from rlhf_cli.models.recompute import recomputing
 from rlhf_cli.ops.gae import token_rewards
@@ -32,6 +32,7 @@ from rlhf_cli.train.anchor import EmaAnchor
 from rlhf_cli.train.distributed import ALONE, World
 from rlhf_cli.train.loop import Evaluation, StepBatch, Task
 from rlhf_cli.train.measuring import HeldOut, length_metrics, lengths, means, measure, of_all, parts_of_reward
+from rlhf_cli.train.micro_batches import micro_batches
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.train.reward_noise import RewardNoise
 from rlhf_cli.train.run_folder import plain_prompt
@@ -145,10 +146,9 @@ class PolicyTask(Task):
             self._prepared = self._prepare(number)
         self._steps_left = num_batches * self.algorithm.num_epochs - update - 1
         prepared, is_new = self._prepared[update % num_batches], update < num_batches
-        size = self.micro_batch_size
         self._pending = prepared.outputs
         return StepBatch(
-            micro_batches=[prepared.batch[i : i + size] for i in range(0, len(prepared.batch), size)],
+            micro_batches=[prepared.batch[part] for part in self._parts(prepared.batch.sequences)],
             normaliser=prepared.normaliser,
             num_samples=prepared.num_samples if is_new else 0,
             num_tokens=prepared.num_tokens if is_new else 0,
@@ -349,24 +349,31 @@ class PolicyTask(Task):
 
         Where this rollout serves one step, whose rows all go through the model together, this is the training pass.
         """
-        size = self.micro_batch_size
-        once = self.algorithm.on_policy and self.algorithm.learns_from_all and len(sequences) <= size
+        parts = self._parts(sequences)
+        once = self.algorithm.on_policy and self.algorithm.learns_from_all and len(parts) == 1
         with torch.set_grad_enabled(once), recomputing(self.model), self.precision.autocast():
-            parts = [self._outputs(sequences[start : start + size]) for start in range(0, len(sequences), size)]
+            outputs = [self._outputs(sequences[part]) for part in parts]
         if once:
-            return parts[0]
-        values = [value for _, value in parts if value is not None]
-        return joined([tokens for tokens, _ in parts]), torch.cat(values) if values else None
+            return outputs[0]
+        values = [value for _, value in outputs if value is not None]
+        return joined([tokens for tokens, _ in outputs]), torch.cat(values) if values else None
 
     @torch.no_grad()
     def _frozen_logprobs(self, sequences: Sequences) -> tuple[TokenLogprobs, TokenLogprobs]:
         """Of a batch's rows: the reference's log-probs, and the anchor's; without one the reference is it."""
-        temperature, size = self.sampling.temperature, self.micro_batch_size
         with self.precision.autocast():
-            ref = frozen_logprobs(self.reference, sequences, temperature, size)
-            if self.anchor is None:
-                return ref, ref
-            return ref, frozen_logprobs(self.anchor.model, sequences, temperature, size)
+            ref = self._logprobs_under(self.reference, sequences)
+            return ref, ref if self.anchor is None else self._logprobs_under(self.anchor.model, sequences)
+
+    def _logprobs_under(self, model: LanguageModel, sequences: Sequences) -> TokenLogprobs:
+        """In the same parts as the policy's: where both are one model, they agree to the bit."""
+        temperature = self.sampling.temperature
+        parts = [sequences[part] for part in self._parts(sequences)]
+        return joined([token_logprobs(model, part, temperature, with_entropy=False) for part in parts])
+
+    def _parts(self, sequences: Sequences) -> list[slice]:
+        """The micro-batches of an optimizer batch."""
+        return micro_batches(sequences.attention_mask.sum(-1).tolist(), self.settings)
 
     def _tokens_of_all(self, grids: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Figures of tokens, float32 [n, L-1] of this process' rows, to those of all; the longest row says how wide."""

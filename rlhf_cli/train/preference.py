@@ -17,6 +17,7 @@ from rlhf_cli.models.causal import LanguageModel, token_logprobs
 from rlhf_cli.models.recompute import recomputing
 from rlhf_cli.train.distributed import ALONE, World
 from rlhf_cli.train.loop import Evaluation, StepBatch, Task
+from rlhf_cli.train.micro_batches import micro_batches
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.train.seeding import batch_rows
 from rlhf_cli.types import LossOutput, Sequences
@@ -77,7 +78,6 @@ class PreferenceTask(Task):
         self.seed = seed
         self.world = world
         self.adapter = adapter
-        self.micro_batch_size = self.settings.micro_batch_size or self.settings.batch_size
 
     def batch(self, step: int) -> StepBatch:
         """This process' pairs of a step, as a function of the step alone."""
@@ -130,10 +130,11 @@ class PreferenceTask(Task):
         self, pairs: Sequence[EncodedPair], places: Sequence[int], known: Tensor | None
     ) -> list[PairBatch]:
         parts = []
-        for start in range(0, len(places), self.micro_batch_size):
-            chosen = places[start : start + self.micro_batch_size]
-            ref = None if known is None else known[list(chosen)].T.reshape(-1).to(self.precision.device)
-            sequences = collate_both([pairs[place] for place in chosen], int(self.tokenizer.pad_token_id))
+        every = [pairs[place] for place in places]
+        lengths = [sum(map(len, (*chosen, *rejected))) for chosen, rejected in every]
+        for part in micro_batches(lengths, self.settings):
+            ref = None if known is None else known[list(places[part])].T.reshape(-1).to(self.precision.device)
+            sequences = collate_both(every[part], int(self.tokenizer.pad_token_id))
             parts.append(PairBatch(sequences.to(self.precision.device), ref))
         return parts
 

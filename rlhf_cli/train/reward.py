@@ -20,6 +20,7 @@ from rlhf_cli.rewards.scoring import head_of_pooled, score_sequences
 from rlhf_cli.settings import GradeLoss, TrainSettings
 from rlhf_cli.train.distributed import ALONE, World
 from rlhf_cli.train.loop import Evaluation, StepBatch, Task
+from rlhf_cli.train.micro_batches import micro_batches
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.train.seeding import batch_places
 from rlhf_cli.types import LossOutput, Preference, PreferenceBatch, Sequences
@@ -170,10 +171,11 @@ class RewardTask(Task):
         return logits[: len(batch)], logits[len(batch) :]
 
     def _collated(self, pairs: Sequence[EncodedPair]) -> list[PreferenceBatch]:
-        size = self.settings.micro_batch_size or self.settings.batch_size
+        every = [pairs[i] for i in range(len(pairs))]
+        lengths = [sum(map(len, (*chosen, *rejected))) for chosen, rejected, _ in every]
         parts = []
-        for start in range(0, len(pairs), size):
-            chosen, rejected, margin = zip(*pairs[start : start + size], strict=True)
+        for part in micro_batches(lengths, self.settings):
+            chosen, rejected, margin = zip(*every[part], strict=True)
             batch = collate_pairs(chosen, rejected, margin, int(self.reward_model.tokenizer.pad_token_id))
             parts.append(batch.to(self.precision.device))
         return parts

@@ -20,6 +20,7 @@ from rlhf_cli.ops.masks import masked_sum
 from rlhf_cli.settings import TrainSettings
 from rlhf_cli.train.distributed import ALONE, World
 from rlhf_cli.train.loop import Evaluation, StepBatch, Task
+from rlhf_cli.train.micro_batches import micro_batches
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.train.seeding import batch_places
 from rlhf_cli.types import LossOutput, Sequences
@@ -124,8 +125,10 @@ class SftTask(Task):
         save_trained(self.model, self.tokenizer, folder, self.adapter)
 
     def _collated(self, rows: Sequence[TokenPair]) -> list[Sequences]:
-        size = self.settings.micro_batch_size or self.settings.batch_size
+        chosen = [rows[i] for i in range(len(rows))]
         return [
-            collate(rows[start : start + size], int(self.tokenizer.pad_token_id)).to(self.precision.device)
-            for start in range(0, len(rows), size)
+            collate(chosen[part], int(self.tokenizer.pad_token_id)).to(self.precision.device)
+            for part in micro_batches(
+                [len(prompt) + len(completion) for prompt, completion in chosen], self.settings
+            )
         ]

@@ -107,6 +107,7 @@ TRAINING = {
     "epochs": 2.0,
     "batch_size": 5,
     "micro_batch_size": 2,
+    "micro_batch_tokens": 40,
     "lr": 2e-3,
     "schedule": Schedule.constant,
     "warmup_ratio": 0.5,

@@ -18,7 +18,7 @@ from rlhf_cli.data.tokenise import collate, prompt_batch
 from rlhf_cli.models.tokenizer import same_tokens
 from rlhf_cli.rewards.format import RewardFormat
 from rlhf_cli.rewards.model import RewardModel
-from rlhf_cli.rewards.scoring import token_batches
+from rlhf_cli.rewards.scoring import score_sequences, token_batches
 from rlhf_cli.rollout.engine import Sampling, generate
 from rlhf_cli.train.probing import KeptStates
 from rlhf_cli.types import Rollout
@@ -132,3 +132,29 @@ def test_kept_states_are_those_of_the_backbone() -> None:
         for states in (fresh, small):
             torch.testing.assert_close(states(batch), expected, atol=1e-5, rtol=0)
     assert len(fresh._kept) == len(rows) and len(small._kept) <= 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "distilbert"])
+def test_less_than_a_tenth_of_what_is_computed_is_padding(kind: str) -> None:
+    """Pairs of 8 to 48 tokens after prompts of 4 to 12."""
+    reward = reward_model(kind)
+    generator = torch.Generator().manual_seed(0)
+
+    def row(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high + 1, (1,), generator=generator))
+        return torch.randint(3, 20, (length,), generator=generator).tolist()
+
+    prompts = [row(4, 12) for _ in range(32)]
+    rows = [(prompt, row(8, 48)) for prompt in prompts for _ in range(2)]
+    batch = collate(rows, 0)
+    shapes = []
+    with torch.no_grad():
+        wanted = torch.cat([score_sequences(reward.model, collate([one], 0)) for one in rows])
+        embeddings = reward.model.get_input_embeddings()
+        hook = embeddings.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].numel()))
+        found = score_sequences(reward.model, batch)
+        hook.remove()
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    num_tokens = sum(len(prompt) + len(completion) for prompt, completion in rows)
+    assert batch.ids.numel() > 1.4 * num_tokens, "padded to one rectangle, more than a third would be padding"
+    assert sum(shapes) < 1.1 * num_tokens

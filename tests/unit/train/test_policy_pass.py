@@ -60,8 +60,13 @@ def test_one_step_of_one_micro_batch_passes_once(make_task: Any, monkeypatch: py
 
 @pytest.mark.parametrize(
     ("algorithm", "settings"),
-    [(Rloo(k=2), {"micro_batch_size": 4}), (Rloo(k=2, num_epochs=2), {}), (Raft(k=2), {})],
-    ids=["micro-batches", "two epochs", "the best alone"],
+    [
+        (Rloo(k=2), {"micro_batch_size": 4}),
+        (Rloo(k=2), {"micro_batch_tokens": 20}),
+        (Rloo(k=2, num_epochs=2), {}),
+        (Raft(k=2), {}),
+    ],
+    ids=["micro-batches", "micro-batches of tokens", "two epochs", "the best alone"],
 )
 def test_other_steps_ask_for_the_sampling_policy_first(
     algorithm: Any, settings: dict[str, Any], make_task: Any, monkeypatch: pytest.MonkeyPatch
@@ -79,3 +84,11 @@ def test_the_gradient_is_that_of_two_passes(
     monkeypatch.setattr(type(algorithm), "learns_from_all", False)
     twice = gradients(make_task(algorithm))
     assert once and all(torch.equal(one, two) for one, two in zip(once, twice, strict=True))
+
+
+def test_micro_batches_of_tokens_have_the_gradient_of_all_rows(make_task: Any) -> None:
+    whole = gradients(make_task(Rloo(k=2)))
+    task = make_task(Rloo(k=2), micro_batch_tokens=20)
+    assert len(task.batch(0).micro_batches) > 2
+    for one, other in zip(whole, gradients(make_task(Rloo(k=2), micro_batch_tokens=20)), strict=True):
+        torch.testing.assert_close(other, one, atol=1e-6, rtol=1e-4)
