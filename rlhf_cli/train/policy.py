@@ -44,6 +44,7 @@ _SAMPLES_KEPT = 8
 
 # In the row of the step that waited for it.
 _ROLLOUT_TIMES = ("time/rollout_s", "time/score_s", "throughput/rollout_tokens_per_s")
+_PASSES_TIME = "time/logprob_s"
 
 _KL_IN_REWARD = KlSettings()
 
@@ -153,7 +154,9 @@ class PolicyTask(Task):
             num_samples=prepared.num_samples if is_new else 0,
             num_tokens=prepared.num_tokens if is_new else 0,
             metrics={
-                name: value for name, value in prepared.metrics.items() if is_new or name not in _ROLLOUT_TIMES
+                name: value
+                for name, value in prepared.metrics.items()
+                if is_new or name not in (*_ROLLOUT_TIMES, _PASSES_TIME)
             },
             samples=[{**row, "step": step + 1} for row in prepared.samples],
         )
@@ -262,8 +265,10 @@ class PolicyTask(Task):
     ) -> _Prepared:
         """The rows of a rollout as an optimizer batch, with advantages that all processes' rows have a part in."""
         sequences = rollout.sequences[rows]
+        started = time.perf_counter()
         ref, anchor = self._frozen_logprobs(sequences)
         outputs = self._policy_outputs(sequences)
+        passes_s = time.perf_counter() - started
         policy = outputs[0].detached()
         value = None if outputs[1] is None else outputs[1].detach()
         old, ref_logprob, anchor_logprob = (one.sequence_logprob() for one in (policy, ref, anchor))
@@ -313,6 +318,7 @@ class PolicyTask(Task):
             **({} if self.scaling is None else self.scaling.metrics()),
             **result.metrics,
             **timing,
+            _PASSES_TIME: passes_s,
         }
         if "gold" in columns:
             metrics["gold/mean"] = float(columns["gold"].mean())
