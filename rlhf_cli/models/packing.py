@@ -33,6 +33,9 @@ _LIKE_LENGTH = 0.75
 # Largest difference of a probe's hidden states, in units of their own standard deviation, that is rounding.
 _ROUNDING = 1e-3
 
+# What a model may do to its logits behind its output layer, by the key in its config, and the value that does nothing.
+_BEHIND_THE_HEAD = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1}
+
 _STEM = -1  # the branch of a prompt's tokens
 _PAD = -2
 
@@ -283,6 +286,8 @@ def enable_layouts(model: PreTrainedModel) -> bool:
     can = getattr(model, "_supports_attention_backend", False) and model._can_set_attn_implementation()
     if not can or not getattr(config, "is_causal", True) or getattr(config, "attn_logit_softcapping", None):
         return False
+    if key_behind_the_head(model) is not None:
+        return False
     before, training = model.config._attn_implementation, model.training
     model.eval()
     model.set_attn_implementation(ATTENTION)
@@ -294,6 +299,16 @@ def enable_layouts(model: PreTrainedModel) -> bool:
         model.set_attn_implementation(before)
     model.train(training)
     return agrees
+
+
+def key_behind_the_head(model: PreTrainedModel) -> str | None:
+    """The config's key that says of logits that they are more than a product; None where no known one does.
+
+    Asking the model is not enough: logits that are capped are hardly changed as long as they are small.
+    """
+    config = model.config.get_text_config()
+    keys = _BEHIND_THE_HEAD.items()
+    return next((key for key, nothing in keys if getattr(config, key, nothing) not in (None, nothing)), None)
 
 
 def _agrees(model: PreTrainedModel) -> bool:

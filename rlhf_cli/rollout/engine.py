@@ -17,6 +17,7 @@ from rlhf_cli.errors import bad_value
 from rlhf_cli.models.attention import takes_layouts
 from rlhf_cli.models.inference_copy import InferenceCopy, is_adapted
 from rlhf_cli.models.loading import eos_ids
+from rlhf_cli.models.packing import key_behind_the_head
 from rlhf_cli.models.positions import max_positions
 from rlhf_cli.models.vocabulary import tokens_only
 from rlhf_cli.rollout.decoding import Decoding, DecodingShape, shape_of
@@ -31,9 +32,6 @@ _log = logging.getLogger(__name__)
 
 # Shapes whose cache and graphs are kept on a GPU; on a CPU, where nothing is captured, none is.
 _MAX_KEPT = 2
-
-# What a model may do to its logits behind its output layer, by the key in its config, and the value that does nothing.
-_BEHIND_THE_HEAD = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1}
 
 
 class Engine:
@@ -189,11 +187,8 @@ def why_plain(model: PreTrainedModel) -> str | None:
     """Why a model is decoded the plain way, in words; None where it need not be."""
     if not takes_layouts(model) or model.get_output_embeddings() is None:
         return "its attention cannot be told who sees whom"
-    config = model.config.get_text_config()
-    for key, nothing in _BEHIND_THE_HEAD.items():
-        if getattr(config, key, nothing) not in (None, nothing):
-            return f"its logits are changed behind the output layer ({key})"
-    return None
+    key = key_behind_the_head(model)
+    return None if key is None else f"its logits are changed behind the output layer ({key})"
 
 
 def _casting_anew(kind: str) -> AbstractContextManager[object]:

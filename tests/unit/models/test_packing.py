@@ -196,6 +196,10 @@ def test_a_row_longer_than_the_positions_is_refused() -> None:
     [
         ("bloom", {"n_layer": 2, "n_head": 2}),  # positions from the attention mask
         ("gemma2", {"head_dim": 8, "num_key_value_heads": 1}),  # scores and logits are capped
+        (
+            "gemma2",
+            {"head_dim": 8, "num_key_value_heads": 1, "attn_logit_softcapping": None},
+        ),  # logits alone, if large
         ("cohere", {"logit_scale": 0.25, "num_key_value_heads": 1}),  # logits are more than a product
         ("mamba", {"state_size": 4}),  # no attention
     ],
