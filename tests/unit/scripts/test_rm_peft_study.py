@@ -88,3 +88,17 @@ def test_a_command_that_fails_ends_the_study_with_its_status(
         study.run_all([study.Command(["train-nothing"], tmp_path / "logs" / "a.log")], 1)
     assert caught.value.code not in (0, None)
     assert "train-nothing" in (tmp_path / "logs" / "a.log").read_text() and "a.log" in capfd.readouterr().err
+
+
+def test_a_command_that_fails_in_this_process_ends_the_study_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = import_module("study")
+    with pytest.raises(SystemExit) as caught:
+        study.rlhf_here("train-rm", "rm=none", log=tmp_path / "logs" / "a.log")
+    assert caught.value.code == 2
+    said = capsys.readouterr()
+    assert "rm=none: not one of" in (tmp_path / "logs" / "a.log").read_text()
+    assert (
+        "a.log" in said.err and "rm=none: not one of" in said.err and said.out.startswith("rlhf train-rm rm=none")
+    )
