@@ -53,6 +53,25 @@ def environment(**extra: str) -> dict[str, str]:
     return base | nowhere | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"} | extra
 
 
+# CPU seconds of importing torch and transformers on the machine that limits on time are set for
+_IMPORTS_S = 1.5
+
+
+@functools.cache
+def pace() -> float:
+    """How many times as long this machine takes for what is not ours: importing torch and transformers. At least 1.
+
+    Limits on time are those of one machine; on a slower one they are as much longer.
+    """
+    taken = []
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", "import torch, transformers"], env=environment(), check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    return max(1.0, min(taken) / _IMPORTS_S)
+
+
 def run(
     arguments: Sequence[str], cwd: Path, program: Sequence[str] = RLHF, timeout_s: float = 300, **extra: str
 ) -> Done:

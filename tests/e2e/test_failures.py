@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.commands.help import group_choices
-from tests.e2e.fixtures_e2e import LOADED, Started, content, rows, run
+from tests.e2e.fixtures_e2e import LOADED, Started, content, pace, rows, run
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,10 @@ def test_a_run_that_is_stopped(
 
 def test_the_first_step_comes_within_eight_seconds(first_step_cpu_s: list[float]):
     """From the command to the first line of metrics, best of the runs above; the time of the process itself."""
-    print(f"first step after {', '.join(f'{one:.1f}' for one in first_step_cpu_s)} s of CPU time")
-    assert min(first_step_cpu_s) < 8
+    print(
+        f"first step after {', '.join(f'{one:.1f}' for one in first_step_cpu_s)} s of CPU time, pace {pace():.2f}"
+    )
+    assert min(first_step_cpu_s) < 8 * pace()
 
 
 def test_a_run_that_fails(tmp_path: Path, smoke: list[str]):

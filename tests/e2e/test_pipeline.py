@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.commands.help import group_choices
-from tests.e2e.fixtures_e2e import LOADED, ROOT, Done, content, ok, rows, run, timeless
+from tests.e2e.fixtures_e2e import LOADED, ROOT, Done, content, ok, pace, rows, run, timeless
 
 RUN_KEYS = {
     "id",
@@ -70,8 +70,8 @@ def evaluation(policies: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 def test_the_smoke_experiment_takes_less_than_twenty_seconds(rloo: Done):
     """All three stages. The limit is on the time of the process, which other processes do not stretch."""
-    print(f"experiment=smoke: {rloo.wall_s:.1f} s, {rloo.cpu_s:.1f} s of CPU time")
-    assert rloo.cpu_s < 20
+    print(f"experiment=smoke: {rloo.wall_s:.1f} s, {rloo.cpu_s:.1f} s of CPU time, pace {pace():.2f}")
+    assert rloo.cpu_s < 20 * pace()
 
 
 def test_a_policy_is_trained_with_what_it_needs(place: Path, rloo: Done):
