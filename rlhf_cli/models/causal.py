@@ -71,6 +71,7 @@ def _packable(model: LanguageModel) -> Iterator[PreTrainedModel | None]:
 
 def completion_states(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     """The states that completion tokens are predicted from, [C, H], row by row, of a model that takes layouts."""
+    assert not bool(sequences.completion_mask[:, 0].any()), "a completion needs a token before it"
     hidden, packing = packed_states(model, sequences)
     return hidden.index_select(0, packing.predictors)
 

@@ -120,7 +120,8 @@ class Packing:
     ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T]
     layout: TreeLayout
-    predictors: Tensor  # int64 [C], for each completion token, row by row, the token that it is predicted from
+    # int64 [C], for each completion token, row by row, the token that it is predicted from; none for a row's first token
+    predictors: Tensor
     last: Tensor  # int64 [N], the last token of each row
 
     def __len__(self) -> int:
@@ -162,7 +163,8 @@ def pack(sequences: Sequences, hidden_size: int) -> Packing:
             start += len(tokens) - num_prompt
         lengths.append(start - stem)
 
-    predictors = [places[number, counted - 1] for number, (_, _, counted) in enumerate(rows)]
+    # What a reward model reads may begin with its completion, whose first token nothing predicts
+    predictors = [places[number, counted[counted > 0] - 1] for number, (_, _, counted) in enumerate(rows)]
     last = [places[number, len(tokens) - 1] for number, (tokens, _, _) in enumerate(rows)]
     all_positions = np.concatenate(positions)
     layout = _layout(all_positions, np.concatenate(branches), lengths, device)
@@ -185,7 +187,6 @@ def _rows(sequences: Sequences) -> list[tuple[Ints, int, Ints]]:
         counted = np.flatnonzero(counts[number][real[number]])
         tokens = ids[number][real[number]]
         assert len(tokens), "a row has a token"
-        assert not len(counted) or counted[0] > 0, "a completion needs a token before it"
         rows.append((tokens, int(counted[0]) if len(counted) else len(tokens), counted))
     return rows
 

@@ -152,7 +152,7 @@ def test_scores_are_read_at_the_last_token_of_each_row() -> None:
     packed = classifier_from_lm(language_model("llama"), seed=1)
     padded = copy.deepcopy(packed)
     padded.set_attn_implementation("sdpa")
-    rows = collate([*ROWS, ([5, 6, 7], [])], 0)
+    rows = collate([*ROWS, ([5, 6, 7], []), ([], [8, 9]), ([], [8, 9, 10])], 0)  # labelled texts have no prompt
     assert takes_layouts(packed) and not takes_layouts(padded)
     torch.testing.assert_close(score_sequences(packed, rows), score_sequences(padded, rows), atol=1e-5, rtol=0)
 
