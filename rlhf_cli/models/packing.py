@@ -120,7 +120,7 @@ class Packing:
     ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T]
     layout: TreeLayout
-    # int64 [C], for each completion token, row by row, the token that it is predicted from; none for a row's first token
+    # int64 [C], for each completion token, row by row, the token that it is predicted from; none for a row's first one
     predictors: Tensor
     last: Tensor  # int64 [N], the last token of each row
 
