@@ -1,9 +1,10 @@
 """Rows without padding, a shared prompt there once: what a training or scoring pass of a decoder works on.
 
-Rows that begin with the same prompt are a tree: the prompt is its stem, their completions are its branches. All tokens
-of all trees stand in one row of T tokens; a token sees its own stem and branch. For B prompts of p tokens with k
-completions of c tokens each, T = B (p + k c), where padded rows have B k max(p + c): the work of everything but
-attention shrinks by that ratio. Attention pads trees of like length to rectangles.
+Rows that begin with the same prompt are a tree: the prompt is its stem, their completions are its branches; equal rows
+are one branch, so that they have equal figures to the bit (a reward model's ties stay ties). All tokens of all trees
+stand in one row of T tokens; a token sees its own stem and branch. For B prompts of p tokens with k completions of c
+tokens each, T = B (p + k c), where padded rows have B k max(p + c): the work of everything but attention shrinks by
+that ratio. Attention pads trees of like length to rectangles.
 
 The figures are those of padded rows up to rounding. In training, dropout draws one mask for a shared prompt.
 """
@@ -137,10 +138,12 @@ def pack(sequences: Sequences, hidden_size: int) -> Packing:
     """
     device = sequences.ids.device
     rows = _rows(sequences)
-    trees: dict[bytes, list[int]] = {}
-    for number, (ids, num_prompt, _) in enumerate(rows):
-        trees.setdefault(ids[:num_prompt].tobytes(), []).append(number)
-    cut = [part for members in trees.values() for part in _cut(members, rows, hidden_size)]
+    trees: dict[bytes, dict[bytes, int]] = {}  # of each prompt, the first row with each completion
+    same_as: list[int] = []
+    for number, (tokens, num_prompt, _) in enumerate(rows):
+        branches_of = trees.setdefault(tokens[:num_prompt].tobytes(), {})
+        same_as.append(branches_of.setdefault(tokens[num_prompt:].tobytes(), number))
+    cut = [part for members in trees.values() for part in _cut(list(members.values()), rows, hidden_size)]
 
     places = np.full(
         (len(rows), sequences.ids.shape[1]), -1, dtype=np.int64
@@ -163,6 +166,7 @@ def pack(sequences: Sequences, hidden_size: int) -> Packing:
             start += len(tokens) - num_prompt
         lengths.append(start - stem)
 
+    places = places[same_as]
     # What a reward model reads may begin with its completion, whose first token nothing predicts
     predictors = [places[number, counted[counted > 0] - 1] for number, (_, _, counted) in enumerate(rows)]
     last = [places[number, len(tokens) - 1] for number, (tokens, _, _) in enumerate(rows)]

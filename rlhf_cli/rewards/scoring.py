@@ -23,6 +23,9 @@ MAX_TOKENS = 16_384
 # Rows of an encoder that go through it together are at least this long, as a share of the longest of them.
 _LIKE_LENGTH = 0.875
 
+# Below as many tokens a pass takes as long however many they are: then all rows go together, padded.
+_WORTH_CUTTING = 2048
+
 
 @torch.no_grad()
 def logits_of_rows(
@@ -118,9 +121,9 @@ def head_of_pooled(model: PreTrainedModel, pooled: Tensor) -> Tensor:
 
 
 def _score_in_groups(model: PreTrainedModel, sequences: Sequences) -> Tensor:
-    """Rows of like length together, so that less than a tenth of what is computed is padding."""
+    """Rows of like length together, so that of many less than a tenth of what is computed is padding."""
     groups = like_lengths(sequences.attention_mask.sum(-1).tolist(), _LIKE_LENGTH)
-    if len(groups) <= 1:
+    if len(groups) <= 1 or sequences.ids.numel() < _WORTH_CUTTING:
         return _score_by_first_token(model, sequences)
     order = torch.tensor([row for group in groups for row in group], device=sequences.ids.device)
     rows = sequences[order]

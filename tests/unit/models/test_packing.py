@@ -115,7 +115,19 @@ def test_however_many_completions_share_a_prompt(branches: int, monkeypatch: pyt
 def test_a_shared_prompt_is_there_once() -> None:
     rows = collate([(list(range(3, 13)), [20 + i, 30]) for i in range(4)], 0)
     assert len(pack(rows, hidden_size=64)) == 10 + 4 * 2
-    assert len(pack(collate(ROWS, 0), hidden_size=10**6)) == 12 + 2 + 1 + sum(len(row[1]) for row in ROWS)
+    assert len(pack(collate(ROWS, 0), hidden_size=10**6)) == 12 + 2 + 1 + sum(
+        len(completion) for _, completion in ROWS[:5]
+    )
+
+
+def test_equal_rows_have_equal_figures_to_the_bit() -> None:
+    model = classifier_from_lm(language_model("llama"), seed=1)
+    rows = collate(
+        [(LONG, [20, 21]), (LONG, [22, 23, 24]), (LONG, [20, 21]), (SHORT, [20, 21]), (SHORT, [20, 21])], 0
+    )
+    scores = score_sequences(model, rows)[:, 0].tolist()
+    assert scores[0] == scores[2] and scores[3] == scores[4] and len(set(scores)) == 3
+    assert len(pack(rows, hidden_size=10**6)) == 12 + 2 + 3 + 2 + 2
 
 
 def test_rows_that_differ_in_their_prompt_alone_do_not_share_it() -> None:
