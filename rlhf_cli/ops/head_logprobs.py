@@ -127,7 +127,7 @@ class _HeadLogprobs(torch.autograd.Function):
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
             d_logits = d_logits.to(dtype)
-            if kept is not None:
+            if kept is not None and dtype is not torch.float32:  # in float32 it is these very numbers, in place
                 kept[block] = d_logits
             if d_hidden is not None:
                 d_hidden[block] = d_logits @ matrix

@@ -156,7 +156,7 @@ class _Counters:
     without_better: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Fit:
     """What the parts of the loop share."""
 
@@ -168,10 +168,18 @@ class _Fit:
     precision: Precision
     seed: int
     durable: Durable | None
-    checkpoints: Checkpoints
     world: World
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    checkpoints: Checkpoints = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
+    scaler: torch.amp.GradScaler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.optimizer = build_optimizer(self.task.model, self.settings)
+        self.scaler = self.precision.scaler()
+        if self.durable is None:
+            self.checkpoints = Checkpoints(self.folder / "checkpoints", 1, self.recorder.message)
+        else:
+            self.checkpoints = self.durable.checkpoints
 
 
 def fit(
@@ -205,7 +213,7 @@ def fit(
         TrainingDivergedError: a loss or gradient is not finite.
         StopRequested: a signal came; a checkpoint has been written.
     """
-    run = _prepared(task, settings, num_steps, folder, recorder, precision, seed, durable, world)
+    run = _Fit(task, settings, num_steps, folder, recorder, precision, seed, durable, world)
     counters = _Counters()
     if durable is not None and durable.resume_from is not None:
         counters = _restore(run, durable.resume_from)
@@ -262,7 +270,7 @@ def steps(
     seed: int,
 ) -> Iterator[dict[str, float]]:
     """The steps of `fit` one by one, each with its row of metrics, and nothing between them: to measure them."""
-    run = _prepared(task, settings, num_steps, folder, recorder, precision, seed, None, ALONE)
+    run = _Fit(task, settings, num_steps, folder, recorder, precision, seed, None, ALONE)
     counters = _Counters()
     while counters.step < num_steps:
         counters.step += 1
@@ -272,38 +280,6 @@ def steps(
 def task_tensors(task: Task) -> dict[str, Tensor]:
     """All tensors that a checkpoint has of a task, the model's among them."""
     return {**model_tensors(task.model), **{f"task/{name}": value for name, value in task.tensors().items()}}
-
-
-def _prepared(
-    task: Task,
-    settings: TrainSettings,
-    num_steps: int,
-    folder: Path,
-    recorder: Recorder,
-    precision: Precision,
-    seed: int,
-    durable: Durable | None,
-    world: World,
-) -> _Fit:
-    """A run before its first step."""
-    optimizer = build_optimizer(task.model, settings)
-    checkpoints = (
-        Checkpoints(folder / "checkpoints", 1, recorder.message) if durable is None else durable.checkpoints
-    )
-    return _Fit(
-        task,
-        settings,
-        num_steps,
-        folder,
-        recorder,
-        precision,
-        seed,
-        durable,
-        checkpoints,
-        world,
-        optimizer,
-        precision.scaler(),
-    )
 
 
 def _step(run: _Fit, counters: _Counters) -> tuple[dict[str, float], StepBatch]:
