@@ -14,7 +14,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+
+from rlhf_cli.models.low_precision import CAST_BY_AUTOCAST
 
 
 class InferenceCopy:
@@ -34,7 +35,7 @@ class InferenceCopy:
         self._sources: list[Tensor] = []
         adapted = {id(plain): layer for plain, layer in self._take_adapters_out(model)}
         for module in list(self.model.modules()):
-            lower = dtype if isinstance(module, nn.Linear | Conv1D) else None
+            lower = dtype if isinstance(module, CAST_BY_AUTOCAST) else None
             for name, parameter in list(module.named_parameters(recurse=False)):
                 is_merged = id(module) in adapted and name == "weight"
                 if not is_merged and lower is None:

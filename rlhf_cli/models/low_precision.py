@@ -7,6 +7,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+# The layers whose products autocast computes in its own type, and whose weights it therefore casts.
+CAST_BY_AUTOCAST = (nn.Linear, Conv1D)
+
 
 @torch.no_grad()
 def hold_matrices_in(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
@@ -23,6 +26,6 @@ def hold_matrices_in(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
         return
     head = model.get_output_embeddings()
     for module in (*model.base_model.modules(), *(() if head is None else (head,))):
-        if isinstance(module, nn.Linear | Conv1D):
+        if isinstance(module, CAST_BY_AUTOCAST):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
