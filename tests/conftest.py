@@ -6,7 +6,6 @@ After the tests: the table of architectures and what was shown for each.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -20,20 +19,6 @@ def _quick_composition() -> None:
     from tests.quick import compose_quickly
 
     compose_quickly()
-
-
-@pytest.fixture(scope="module")
-def quick_runs() -> Iterator[None]:
-    """For modules that run whole commands in this process. What is drawn, tests/unit/report sees."""
-    from hydra._internal.hydra import Hydra
-    from matplotlib.figure import Figure
-
-    from tests.quick import no_search_for_the_mode, save_blank
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", save_blank)
-        patch.setattr(Hydra, "get_mode", no_search_for_the_mode)
-        yield
 
 
 # Tests say which cell they fill by record_property; it travels from the workers with their reports.

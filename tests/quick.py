@@ -1,4 +1,4 @@
-"""What tests do hundreds of times in one process, made cheap there: composing a config, drawing a figure.
+"""What tests do hundreds of times in one process, made cheap there: composing a config.
 
 What comes out is the same. Commands in processes of their own, as those of test_pipeline.py, have none of this.
 """
@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import struct
 import sys
-import zlib
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -58,27 +56,3 @@ def unmeasured(function: Callable[..., Any]) -> Callable[..., Any]:
             measuring._collector.resume()
 
     return paused
-
-
-def no_search_for_the_mode(self: Any, **options: Any) -> None:
-    """In place of Hydra.get_mode, which composes a config of its own to see whether it asks for a sweep.
-
-    `launch` has seen to that: it gives Hydra the flag for one.
-    """
-
-
-def blank(width: int, height: int) -> bytes:
-    """A white PNG."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    rows = (b"\0" + b"\xff" * width) * height
-    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
-def save_blank(figure: Any, file: Any, **options: Any) -> None:
-    """In place of matplotlib's Figure.savefig: layout and text of a figure take longer than the tiny runs it is of."""
-    size = figure.get_size_inches()
-    file.write(blank(*(round(float(inches) * 10) for inches in size)))

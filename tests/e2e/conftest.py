@@ -12,11 +12,6 @@ import pytest
 from tests.e2e.fixtures_e2e import RLHF, Started, environment
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick(quick_runs: None) -> None:
-    """Commands that run in this process."""
-
-
 @pytest.fixture
 def start() -> Iterator[Callable[..., Started]]:
     """Starts a command; whatever still runs at the end of the test is killed."""

@@ -108,9 +108,6 @@ def _watch(function: str, event: Callable[[str], None]) -> None:
 
 
 def _serve() -> None:
-    from hydra._internal.hydra import Hydra
-    from matplotlib.figure import Figure
-
     from rlhf_cli import stages  # noqa: F401 - what every command needs
     from rlhf_cli.commands import train  # noqa: F401
     from rlhf_cli.commands.launch import launch
@@ -119,7 +116,6 @@ def _serve() -> None:
     from tests import quick
 
     quick.compose_quickly()
-    Hydra.get_mode, Figure.savefig = quick.no_search_for_the_mode, quick.save_blank
     with redirect_stdout(io.StringIO()):
         launch("train-policy", ["--cfg", "job"])  # what Hydra reads, those that are forked have read
 

@@ -17,8 +17,6 @@ import pytest
 from rlhf_cli.commands.help import group_choices
 from rlhf_cli.commands.launch import launch
 
-pytestmark = pytest.mark.usefixtures("quick_runs")
-
 RECORDS = Path(__file__).parent / "golden.json"
 # Other builds of torch sum in another order; a wrong sign or factor is off by far more.
 TOLERANCE = 2e-3
