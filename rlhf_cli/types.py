@@ -136,6 +136,18 @@ class Scores:
     terms: Mapping[str, Tensor] = field(default_factory=dict)  # float32 [N] each, what `reward` was summed from
     clipped: Tensor | None = None  # float32 [N], 1 where a clip changed `reward`; None without one
 
+    def every_second(self, start: int) -> Scores:
+        """Those of rows start, start + 2, ..."""
+        rows = slice(start, None, 2)
+        return Scores(
+            self.reward[rows],
+            self.raw[rows],
+            None if self.logits is None else self.logits[rows],
+            None if self.disagreement is None else self.disagreement[rows],
+            {name: values[rows] for name, values in self.terms.items()},
+            None if self.clipped is None else self.clipped[rows],
+        )
+
 
 @dataclass(frozen=True)
 class Experience:

@@ -70,7 +70,7 @@ PAIRED = (
     ("half_tie", "scalar"),
 )
 
-TRAIN_PAIRS = 1000  # with swapped labels and without, that are looked at
+TRAIN_PAIRS = 500  # with swapped labels and without, that are looked at
 COST_ROWS, COST_REPEATS = 1000, 7
 
 Vector = NDArray[np.float64]
@@ -177,22 +177,14 @@ def measure(folder: Path, swap_rate: float, swap_seed: int) -> Figures:
     for name, swapped in (("corrupted", True), ("clean", False)):
         rows = [pair for pair in train if pair.swapped is swapped][:TRAIN_PAIRS]
         if rows:
-            figures[f"accuracy/train_{name}"] = accuracy(*both_sides(scorer, rows))
+            figures[f"accuracy/train_{name}"] = accuracy(*scorer.score_sides(rows))
     for split, pairs in data.pairs_test.items():
-        chosen, rejected = both_sides(scorer, pairs)
+        chosen, rejected = scorer.score_sides(pairs)
         figures[f"accuracy/{split}"] = accuracy(chosen, rejected)
         figures[f"gold_rank/{split}"] = gold_rank(pairs, chosen, rejected, data.gold)
         if split == "test":
             figures |= calibration(scorer, chosen, rejected)
     return figures
-
-
-def both_sides(scorer: Scorer, pairs: Sequence[Preference]) -> tuple[Scores, Scores]:
-    """Scores of the preferred and of the dispreferred completions."""
-    prompts = [pair.prompt for pair in pairs]
-    return scorer.score(prompts, [pair.chosen for pair in pairs]), scorer.score(
-        prompts, [pair.rejected for pair in pairs]
-    )
 
 
 def accuracy(chosen: Scores, rejected: Scores) -> float:

@@ -114,7 +114,7 @@ def score_pairs(
     prompts = [pair.prompt for pair in pairs]
     texts = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
     with precision.autocast():
-        chosen, rejected = (reward_model.score(prompts, side, batch_size=max_rows) for side in texts)
+        chosen, rejected = reward_model.score_sides(pairs, max_rows)
     subsets = [pair.subset for pair in pairs]
 
     def side(scores: Scores, completions: Sequence[str]) -> Side:

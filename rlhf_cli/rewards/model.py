@@ -23,7 +23,7 @@ from rlhf_cli.models.loading import load_classifier, save_model
 from rlhf_cli.models.positions import max_positions
 from rlhf_cli.rewards.format import CONFIG_KEY, RewardFormat, read_format
 from rlhf_cli.rewards.scoring import MAX_ROWS, logits_of_rows
-from rlhf_cli.types import Prompt, Rollout, Scores
+from rlhf_cli.types import Preference, Prompt, Rollout, Scores
 
 
 class Scorer(ABC):
@@ -59,6 +59,21 @@ class Scorer(ABC):
             Scores on the CPU, in the order given.
         """
         return self.of_rows(self.format.encode_all(self.tokenizer, prompts, completions, finished), batch_size)
+
+    def score_sides(self, pairs: Sequence[Preference], batch_size: int = MAX_ROWS) -> tuple[Scores, Scores]:
+        """Scores both completions of each pair, side by side, so that they share a pass over their prompt.
+
+        Args:
+            pairs: Q; their completions are finished.
+            batch_size: most rows of a forward pass, two a pair.
+
+        Returns:
+            Scores of the chosen [Q] and of the rejected [Q] completions, on the CPU.
+        """
+        prompts = [pair.prompt for pair in pairs for _ in range(2)]
+        texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
+        scores = self.score(prompts, texts, batch_size=batch_size)
+        return scores.every_second(0), scores.every_second(1)
 
     def score_rollout(self, rollout: Rollout, batch_size: int = MAX_ROWS) -> Scores:
         """Scores samples, from the sampled ids where the tokenizers match; a cut one has no EOS to score."""

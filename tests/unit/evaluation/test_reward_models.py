@@ -270,7 +270,11 @@ class TestDisagreement:
         score = RewardModel.score
 
         def of_ensemble(
-            self: RewardModel, prompts: Sequence[str], completions: Sequence[str], batch_size: int
+            self: RewardModel,
+            prompts: Sequence[str],
+            completions: Sequence[str],
+            finished: None = None,
+            batch_size: int = 0,
         ) -> Scores:
             found = score(self, prompts, completions)
             return replace(found, disagreement=torch.tensor([float(len(text)) for text in completions]))
