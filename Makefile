@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 # The hub is off once everything is installed: nothing here needs it.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test lint install install-dev clean
+.PHONY: demo test coverage lint install install-dev clean
 
 demo: install
 	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh
 
 test: install-dev lint
 	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/test.sh
+
+# The same tests, which take longer for it, and what they do not reach.
+coverage: install-dev
+	rm -f .coverage .coverage.*
+	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/test.sh --cov --cov-report=term
 
 lint: install-dev
 	$(BIN)/ruff format --check .

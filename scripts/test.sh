@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Every test with coverage. Arguments go to pytest: scripts/test.sh tests/unit -k rloo
+# Every test. Arguments go to pytest: scripts/test.sh tests/unit -k rloo
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-rm -f .coverage .coverage.*
 # Files in order: the long ones of tests/e2e come before the many short ones, which fill up what is left at the end.
-pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --durations=15 "$@"
+pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 "$@"

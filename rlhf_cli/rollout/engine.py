@@ -54,6 +54,11 @@ class Engine:
         self._kept: OrderedDict[DecodingShape, Decoding] = OrderedDict()
         self._addresses: tuple[int, ...] = ()
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """What it samples from."""
+        return self._model
+
     @torch.no_grad()
     def generate(
         self,

@@ -173,6 +173,11 @@ _NOT_FIGURES = (
 )
 
 
+def micro_batch_keys(stage: str) -> tuple[str, str]:
+    """What bounds a training pass of `stage`, where its memory is exhausted."""
+    return f"{stage}.train.micro_batch_size", f"{stage}.train.micro_batch_tokens"
+
+
 class MemoryExhaustedError(RuntimeError):
     """The device has less memory than the run needs."""
 

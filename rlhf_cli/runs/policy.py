@@ -12,7 +12,7 @@ from rlhf_cli.models.loading import load_causal_lm
 from rlhf_cli.models.lora import Lora, plain_weights
 from rlhf_cli.models.low_precision import hold_matrices_in
 from rlhf_cli.models.recompute import enable_recomputation
-from rlhf_cli.runs.common import explained_memory, prepare, train, write_card_of
+from rlhf_cli.runs.common import explained_memory, micro_batch_keys, prepare, train, write_card_of
 from rlhf_cli.runs.job import Artifact, Job
 from rlhf_cli.runs.scoring import PolicyReward, load_reward
 from rlhf_cli.train.anchor import EmaAnchor
@@ -22,7 +22,7 @@ from rlhf_cli.train.recorder import RunRecorder, SilentRecorder, shared_run
 # Shown while a policy learns from its samples, and plotted afterwards.
 _SHOWN = ("reward/mean", "kl/k1", "gold/mean", "length/mean", "loss")
 CURVES = ("reward/mean", "gold/mean", "kl/k1", "entropy", "length/mean", "grad_norm")
-MEMORY_KEYS = ("algo.train.micro_batch_size", "rollout.max_rows", "rollout.max_tokens")
+MEMORY_KEYS = (*micro_batch_keys("algo"), "rollout.max_rows", "rollout.max_tokens")
 
 
 def shown_keys(job: Job) -> tuple[str, ...]:

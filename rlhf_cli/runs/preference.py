@@ -26,7 +26,15 @@ from rlhf_cli.models.causal import LanguageModel
 from rlhf_cli.models.loading import load_causal_lm
 from rlhf_cli.models.low_precision import hold_matrices_in
 from rlhf_cli.rollout.engine import generate
-from rlhf_cli.runs.common import COUNTED_ROWS, explained_memory, prepare, say_cuts, train, write_card_of
+from rlhf_cli.runs.common import (
+    COUNTED_ROWS,
+    explained_memory,
+    micro_batch_keys,
+    prepare,
+    say_cuts,
+    train,
+    write_card_of,
+)
 from rlhf_cli.runs.job import Artifact, Job
 from rlhf_cli.runs.policy import upstream_of
 from rlhf_cli.runs.scoring import PolicyReward, SftModel, load_reward, measured
@@ -100,7 +108,7 @@ def train_on_pairs(job: Job, seed: int, sft: Artifact, rm: Artifact | None, judg
             adapter,
         )
         curves = ("loss", "eval/loss", "dpo/accuracy", "dpo/margin", "logps/chosen", "grad_norm")
-        memory_keys = ("algo.train.micro_batch_size",)
+        memory_keys = micro_batch_keys("algo")
         summary = train(task, settings, num_steps, job, recorder, seed, curves, memory_keys)
         del task, model, adapter, off  # the samples are of what was saved: two models at a time are enough
         summary |= pairs.figures | _figures_of_samples(job, seed, sft, rm, judge)
@@ -113,7 +121,7 @@ def _figures_of_samples(
 ) -> dict[str, float]:
     """What other ways of training measure as they go: KL, length, gold reward and, where one was used, reward."""
     loaded = SftModel(*load_causal_lm("sft.path", sft.path, job.precision.device))
-    with explained_memory(("rollout.max_rows", "algo.train.micro_batch_size")):
+    with explained_memory(("rollout.max_rows", "rollout.max_tokens", *micro_batch_keys("algo"))):
         reward = load_reward(job, seed, sft, rm, judge, loaded) if job.config.asks_reward() else None
         return means(measured(job, seed, job.folder / "model", loaded.model, reward))
 
@@ -279,7 +287,7 @@ def _reference(
     else:
         recorder.message(f"reference: log-probs of {len(pairs.train) + len(pairs.validation):,} pairs into {file}")
         pad_id = int(tokenizer.pad_token_id)
-        with explained_memory(("algo.train.micro_batch_size",)):
+        with explained_memory(micro_batch_keys("algo")):
             tables = {
                 split: reference_logprobs(
                     model if off is None else off, rows, pad_id, num_pairs, job.precision, job.world

@@ -23,7 +23,15 @@ from rlhf_cli.rewards.format import store_format
 from rlhf_cli.rewards.model import RewardModel, Scorer, load_reward_model
 from rlhf_cli.rewards.settings import Grades, Margins, RmConfig, Standardize
 from rlhf_cli.rollout.engine import generate
-from rlhf_cli.runs.common import COUNTED_ROWS, explained_memory, prepare, say_cuts, train, write_card_of
+from rlhf_cli.runs.common import (
+    COUNTED_ROWS,
+    explained_memory,
+    micro_batch_keys,
+    prepare,
+    say_cuts,
+    train,
+    write_card_of,
+)
 from rlhf_cli.runs.job import Artifact, Job
 from rlhf_cli.runs.scoring import RewardOfRollout
 from rlhf_cli.settings import ReadOut
@@ -36,7 +44,7 @@ from rlhf_cli.types import Example, Preference, Rollout
 KEYS = ("loss", "rm/accuracy", "eval/loss", "eval/rm/accuracy")
 
 # What needs less memory where rewards are standardised.
-MEMORY_KEYS = ("rollout.max_rows",)
+MEMORY_KEYS = ("rollout.max_rows", "rollout.max_tokens")
 
 # What a finished run may hold: the selected weights, and the others.
 _MODELS = ("model", "model_best", "model_last")
@@ -120,7 +128,7 @@ def fit_reward_model(
     task.adapter = adapter
     num_steps = rm.train.num_steps(len(pairs))
     curves = (*KEYS, "rm/margin", "grad_norm")
-    return train(task, rm.train, num_steps, job, recorder, seed, curves, ("rm.train.micro_batch_size",))
+    return train(task, rm.train, num_steps, job, recorder, seed, curves, micro_batch_keys("rm"))
 
 
 def _task(job: Job, seed: int, reward_model: RewardModel, pairs: Sequence[Preference]) -> RewardTask:

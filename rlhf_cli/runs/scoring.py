@@ -31,7 +31,7 @@ from rlhf_cli.rewards.terms import (
     repetition_penalty,
     rule_matches,
 )
-from rlhf_cli.rollout.engine import generate
+from rlhf_cli.rollout.engine import Engine, generate
 from rlhf_cli.runs.job import Artifact, Job
 from rlhf_cli.train.measuring import HeldOut, measure
 from rlhf_cli.train.precision import Precision
@@ -213,4 +213,6 @@ def measured(
         derive_seed(seed, "validation"),
     )
     size = algorithm.train.micro_batch_size or algorithm.train.batch_size
-    return measure(model, reference, tokenizer, reward, data.gold, held_out, size, job.precision, job.world)
+    return measure(
+        Engine(model), reference, tokenizer, reward, data.gold, held_out, size, job.precision, job.world
+    )

@@ -6,7 +6,7 @@ from rlhf_cli import build
 from rlhf_cli.data.tokenise import encode_examples
 from rlhf_cli.errors import bad_value
 from rlhf_cli.models.loading import resolve_path
-from rlhf_cli.runs.common import prepare, say_cuts, train, write_card_of
+from rlhf_cli.runs.common import micro_batch_keys, prepare, say_cuts, train, write_card_of
 from rlhf_cli.runs.job import Job
 from rlhf_cli.train.recorder import shared_run
 from rlhf_cli.train.sft import SftTask, Snapshots, snapshot_steps
@@ -42,5 +42,5 @@ def train_sft(job: Job, seed: int) -> None:
             snapshots=Snapshots(job.folder / SNAPSHOTS, snapshot_steps(num_steps, config.sft.snapshots)),
         )
         curves = ("loss", "eval/loss", "grad_norm", "lr")
-        summary = train(task, settings, num_steps, job, recorder, seed, curves, ("sft.train.micro_batch_size",))
+        summary = train(task, settings, num_steps, job, recorder, seed, curves, micro_batch_keys("sft"))
         write_card_of(job, seed, base, {}, summary)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.data.dataset import GoldReward
 from rlhf_cli.data.tokenise import prompt_batch
 from rlhf_cli.models.causal import LanguageModel, full_kls
 from rlhf_cli.rewards.terms import gold_rewards
-from rlhf_cli.rollout.engine import Sampling, generate
+from rlhf_cli.rollout.engine import Engine, Sampling
 from rlhf_cli.train.distributed import World
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.types import Prompt, Rollout, Scores
@@ -31,7 +31,7 @@ class HeldOut:
 
 @torch.no_grad()
 def measure(
-    policy: PreTrainedModel,
+    engine: Engine,
     reference: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     reward: Callable[[Rollout], Scores] | None,
@@ -41,17 +41,17 @@ def measure(
     precision: Precision,
     world: World,
 ) -> dict[str, Tensor]:
-    """One sample for each prompt, in shares of the processes: figures by name, float32 [prompts], on the CPU.
+    """One sample of the engine's policy for each prompt, in shares of the processes: float32 [prompts], on the CPU.
 
-    Full KL to the reference (nats), length, whether it was cut and, where they are given, gold reward and reward with
-    its parts.
+    Figures by name: full KL to the reference (nats), length, whether it was cut and, where they are given, gold reward
+    and reward with its parts.
     """
     mine = world.share(len(held_out.prompts))
     index = range(len(held_out.prompts))[mine]
     batch = prompt_batch(tokenizer, held_out.prompts[mine], index, held_out.max_prompt_tokens)
     with precision.autocast():
-        rollout = generate(policy, tokenizer, batch, 1, held_out.sampling, held_out.seed, 0)
-        kl = full_kls(policy, reference, rollout.sequences, held_out.sampling.temperature, micro_batch_size)
+        rollout = engine.generate(tokenizer, batch, 1, held_out.sampling, held_out.seed, 0)
+        kl = full_kls(engine.model, reference, rollout.sequences, held_out.sampling.temperature, micro_batch_size)
     columns = {"kl": kl, **lengths(rollout)}
     if reward is not None:
         scores = reward(rollout)

@@ -15,12 +15,12 @@ def micro_batches(lengths: Sequence[int], settings: TrainSettings) -> list[slice
 
     Args:
         lengths: tokens of each row (of both completions of a pair), prompt and completion.
-        settings: `micro_batch_size` and `micro_batch_tokens`; without them all rows pass together.
+        settings: `micro_batch_size` and `micro_batch_tokens`; without them as many rows as an optimizer batch has.
 
     >>> micro_batches([5, 5, 9, 2, 2], TrainSettings(micro_batch_tokens=10))
     [slice(0, 2, None), slice(2, 3, None), slice(3, 5, None)]
     """
-    max_rows = settings.micro_batch_size or max(1, len(lengths))
+    max_rows = settings.micro_batch_size or settings.batch_size
     parts, start, tokens = list[slice](), 0, 0
     for row, length in enumerate(lengths):
         too_long = settings.micro_batch_tokens is not None and tokens + length > settings.micro_batch_tokens

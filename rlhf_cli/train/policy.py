@@ -188,7 +188,7 @@ class PolicyTask(Task):
     def evaluate(self, step: int) -> Evaluation:
         """Means of `measure` over the validation prompts; the score is the objective, reward - beta * KL."""
         columns = measure(
-            self.policy,
+            self.engine,
             self.reference,
             self.tokenizer,
             self._held_out_reward,

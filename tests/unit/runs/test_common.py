@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from rlhf_cli.runs.common import MemoryExhaustedError, explained_memory
+from rlhf_cli.runs.common import MemoryExhaustedError, explained_memory, micro_batch_keys
 
-KEYS = ("algo.train.micro_batch_size", "rollout.max_rows")
+KEYS = (*micro_batch_keys("algo"), "rollout.max_rows")
 
 
 def test_memory_of_a_device_that_runs_out_is_explained_with_the_keys_that_help():
@@ -11,7 +11,8 @@ def test_memory_of_a_device_that_runs_out_is_explained_with_the_keys_that_help()
     with pytest.raises(MemoryExhaustedError) as raised, explained_memory(KEYS):
         raise torch.OutOfMemoryError(f"{line}\nSee documentation.")
     assert str(raised.value) == (
-        f"out of memory; lower algo.train.micro_batch_size or rollout.max_rows, or try precision=bf16 ({line})"
+        "out of memory; lower algo.train.micro_batch_size or algo.train.micro_batch_tokens or rollout.max_rows, or try "
+        f"precision=bf16 ({line})"
     )
     assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)
 
