@@ -196,20 +196,24 @@ def new_reward_model(config: RunConfig, sft_path: str, device: torch.device, see
     return RewardModel(model, tokenizer, reward_format(config))
 
 
+def scalar_format(config: RunConfig) -> RewardFormat:
+    """How a reward model with one output reads text, on its own scale; one from elsewhere, too."""
+    return RewardFormat(
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_completion_tokens=config.data.max_completion_tokens,
+        append_eos=config.rm.append_eos,
+        is_one_text=isinstance(config.data, ImdbSettings),
+    )
+
+
 def reward_format(config: RunConfig) -> RewardFormat:
     """How a reward model reads text and is read out while it learns; nothing that is fitted after it."""
     rm: RmConfig = config.rm
-    text = RewardFormat(
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        max_completion_tokens=config.data.max_completion_tokens,
-        append_eos=rm.append_eos,
-        is_one_text=isinstance(config.data, ImdbSettings),
-    )
     if rm.num_labels == 1:
-        return text
+        return scalar_format(config)
     assert isinstance(rm, Grades)
     return replace(
-        text,
+        scalar_format(config),
         grade_loss=rm.loss.value,
         read_out=rm.read_out.value,
         std_weight=rm.std_weight,

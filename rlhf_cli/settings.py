@@ -63,6 +63,11 @@ class TrainSettings:
     select: Select = Select.last  # which weights become model/; the others are kept beside it
     samples_every: int | None = None  # steps between rows in samples.jsonl; null = as eval_every
 
+    @property
+    def rows_of_pass(self) -> int:
+        """Most rows of a forward pass."""
+        return self.micro_batch_size or self.batch_size
+
     def check(self, where: str) -> None:
         """Raises RequestError for impossible values; `where` is the key prefix, e.g. "algo.train"."""
         counts = ("steps", "batch_size", "micro_batch_size", "micro_batch_tokens", "eval_every", "patience")

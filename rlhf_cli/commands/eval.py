@@ -11,6 +11,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from rlhf_cli import build
 from rlhf_cli.commands.context import Context
 from rlhf_cli.commands.eval_reward_model import RewardModelReport, evaluate_reward_model, show_reward_model
 from rlhf_cli.commands.show import display_path
@@ -60,7 +61,7 @@ def run_eval(config: RunConfig, context: Context) -> None:
     total = len(subjects) + (1 if subjects else 0) + 1 + (sampler is not None)
     with recorded_run(job.request("eval", config.seed, total, (), upstream)) as recorder:
         (recorder.run.path / "per_prompt.jsonl").unlink(missing_ok=True)  # an evaluation starts over
-        reward_model = load_scorer("rm.path", rm.path, job.precision.device)
+        reward_model = load_scorer("rm.path", rm.path, job.precision.device, build.scalar_format(config))
         report = evaluate_reward_model(job, reward_model, sampler, recorder)
         table: dict[str, Cells] = {}
         if subjects:

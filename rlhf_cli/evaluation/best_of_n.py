@@ -20,7 +20,7 @@ from rlhf_cli.data.dataset import GoldReward
 from rlhf_cli.data.tokenise import prompt_batch
 from rlhf_cli.evaluation.statistics import Bootstrap, Estimate
 from rlhf_cli.rewards.model import Scorer
-from rlhf_cli.rollout.engine import Sampling, generate
+from rlhf_cli.rollout.engine import Engine, Sampling
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.types import Prompt
 
@@ -107,12 +107,12 @@ def sample_and_score(
 ) -> Samples:
     """Draws N = `num_samples` completions of each prompt and scores them, a few prompts at a time."""
     at_once = max(1, sampling.max_rows // num_samples)
-    proxy, golds = [], []
+    engine, proxy, golds = Engine(model), [], []
     for start in range(0, len(prompts), at_once):
         part = prompts[start : start + at_once]
         batch = prompt_batch(tokenizer, part, range(start, start + len(part)), max_prompt_tokens)
         with precision.autocast():
-            rollout = generate(model, tokenizer, batch, num_samples, sampling, seed, 0)
+            rollout = engine.generate(tokenizer, batch, num_samples, sampling, seed, 0)
             scores = reward_model.score_rollout(rollout)
         proxy.append(scores.reward.double().numpy().reshape(-1, num_samples))
         if gold is not None:

@@ -19,6 +19,7 @@ from rlhf_cli.models.attention import takes_layouts
 from rlhf_cli.models.packing import packed_states
 from rlhf_cli.models.positions import check_length, token_positions
 from rlhf_cli.models.vocabulary import ids_without_token, tokens_only
+from rlhf_cli.ops.cutting import cut
 from rlhf_cli.ops.head_logprobs import head_logprobs
 from rlhf_cli.ops.kl import full_kl, token_kl
 from rlhf_cli.ops.logprobs import TokenLogprobs, completion_logprobs, joined, on_grid, predicted, row_logprobs
@@ -129,15 +130,17 @@ def frozen_logprobs(
     sequences: Sequences,
     temperature: float,
     micro_batch_size: int,
+    micro_batch_tokens: int | None = None,
     with_entropy: bool = False,
 ) -> TokenLogprobs:
-    """`token_logprobs` of N rows without gradient, `micro_batch_size` at a time."""
-    return joined(
-        [
-            token_logprobs(model, sequences[start : start + micro_batch_size], temperature, with_entropy)
-            for start in range(0, len(sequences), micro_batch_size)
-        ]
-    )
+    """`token_logprobs` of N rows without gradient, in passes of so many rows and tokens at most."""
+    parts = parts_of(sequences, micro_batch_size, micro_batch_tokens)
+    return joined([token_logprobs(model, sequences[part], temperature, with_entropy) for part in parts])
+
+
+def parts_of(sequences: Sequences, micro_batch_size: int, micro_batch_tokens: int | None = None) -> list[slice]:
+    """`cut` of N rows; their padding is not counted."""
+    return cut(sequences.attention_mask.sum(-1).tolist(), micro_batch_size, micro_batch_tokens)
 
 
 @torch.no_grad()
@@ -147,13 +150,11 @@ def full_kls(
     sequences: Sequences,
     temperature: float,
     micro_batch_size: int,
+    micro_batch_tokens: int | None = None,
 ) -> Tensor:
     """Full-vocabulary KL(policy||reference) summed over each completion, float32 [N], nats."""
-    parts = []
-    for start in range(0, len(sequences), micro_batch_size):
-        rows = sequences[start : start + micro_batch_size]
-        parts.append(_full_kls(policy, reference, rows, temperature))
-    return torch.cat(parts)
+    parts = parts_of(sequences, micro_batch_size, micro_batch_tokens)
+    return torch.cat([_full_kls(policy, reference, sequences[part], temperature) for part in parts])
 
 
 def _full_kls(policy: LanguageModel, reference: LanguageModel, sequences: Sequences, temperature: float) -> Tensor:

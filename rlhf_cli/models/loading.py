@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from rlhf_cli.errors import RequestError, bad_value
+from rlhf_cli.files import write_json_atomic
 from rlhf_cli.models.packing import enable_layouts
 from rlhf_cli.models.positions import max_positions as max_positions  # importable from here too
 from rlhf_cli.models.settings import INDEX_FILE, ModelSettings
@@ -210,6 +212,14 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
             model.generation_config = generation
         generation.to_json_file(folder / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
     tokenizer.save_pretrained(folder)
+    _name_as_before(folder / "tokenizer_config.json")
+
+
+def _name_as_before(file: Path) -> None:
+    """A fast tokenizer by the name that every version of transformers knows, not by the one that 5 has given it."""
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        write_json_atomic(file, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def parameter_counts(model: torch.nn.Module) -> dict[str, int]:

@@ -57,7 +57,11 @@ def head_logprobs(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    logprob, entropy = _HeadLogprobs.apply(hidden, weight, bias, targets, temperature, never, with_entropy, dtype)
+    # Off, because it would compute the entropy's products in its precision, too: sums over the vocabulary
+    with torch.autocast(device, enabled=False):
+        logprob, entropy = _HeadLogprobs.apply(
+            hidden, weight, bias, targets, temperature, never, with_entropy, dtype
+        )
     return logprob, entropy if with_entropy else None
 
 

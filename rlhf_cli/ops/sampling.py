@@ -43,7 +43,8 @@ def inverse_cdf(weight: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     # The block's sum is rounded in another way here: what is left of the number has to stay below it
     below = torch.nextafter(inside[:, -1:], torch.zeros_like(total))
     place = torch.searchsorted(inside, torch.minimum(number - before, below), right=True)
-    return (block * _BLOCK + place)[:, 0], total[:, 0]
+    # Of weights that are no numbers none is found: an id beyond the vocabulary would end a GPU's context
+    return (block * _BLOCK + place).clamp(max=size - 1)[:, 0], total[:, 0]
 
 
 def _cumulative(weight: Tensor) -> Tensor:

@@ -19,12 +19,10 @@ from rlhf_cli.data.tokenise import TokenPair
 from rlhf_cli.errors import RequestError
 from rlhf_cli.files import write_json_atomic
 from rlhf_cli.models.settings import INDEX_FILE
-from rlhf_cli.rewards.format import RewardFormat, check_scale, read_format
+from rlhf_cli.rewards.format import CONFIG_KEY, RewardFormat, check_scale, read_format
 from rlhf_cli.rewards.model import RewardModel, Scorer, load_reward_model
 from rlhf_cli.rewards.scoring import logits_of_rows
 from rlhf_cli.types import Scores
-
-_FORMAT_KEY = "rlhf_reward"
 
 
 @dataclass
@@ -89,25 +87,25 @@ def save_ensemble(folder: Path, members: Sequence[Path], ensemble: EnsembleRewar
         "centres": list(ensemble.centres),
         "stds": list(ensemble.stds),
         "disagreement_penalty": ensemble.penalty,
-        _FORMAT_KEY: asdict(ensemble.format),
+        CONFIG_KEY: asdict(ensemble.format),
     }
     write_json_atomic(folder / INDEX_FILE, index)
 
 
-def load_scorer(key: str, path: str, device: torch.device) -> Scorer:
-    """A reward model or an ensemble of them, as saved by this project.
+def load_scorer(key: str, path: str, device: torch.device, elsewhere: RewardFormat | None = None) -> Scorer:
+    """A reward model, or an ensemble of them as saved by this project; `elsewhere` as in `load_reward_model`.
 
     Raises:
         RequestError: the folder is neither, or its parts do not fit together.
     """
     file = Path(path) / INDEX_FILE
     if not file.is_file():
-        return load_reward_model(key, path, device)
+        return load_reward_model(key, path, device, elsewhere)
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
         names = [str(name) for name in index["members"]]
         centres, stds = ([float(value) for value in index[key]] for key in ("centres", "stds"))
-        penalty, stored = float(index["disagreement_penalty"]), dict(index[_FORMAT_KEY])
+        penalty, stored = float(index["disagreement_penalty"]), dict(index[CONFIG_KEY])
     except (ValueError, KeyError, TypeError) as error:
         raise RequestError(
             f"{key}={path}: {INDEX_FILE} cannot be read ({type(error).__name__}: {error})"

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_cli.data.tokenise import TokenPair, encode_completion, encode_completions, encode_prompt, ended
 from rlhf_cli.errors import RequestError
 from rlhf_cli.files import write_json_atomic
+from rlhf_cli.models.settings import INDEX_FILE
 from rlhf_cli.models.tokenizer import same_tokens, special_ids
 from rlhf_cli.ops.grades import pair_log_odds, read_out
 from rlhf_cli.settings import GradeLoss, ReadOut
@@ -145,6 +146,15 @@ def check_scale(mean: float, std: float) -> None:
             f"rm.standardize: the reward model gives mean {mean} and std {std} on SFT samples; "
             "it has learned nothing it could be scaled by"
         )
+
+
+def has_format(path: str) -> bool:
+    """Whether the folder, of a reward model or an ensemble, says how it is read out."""
+    return any(
+        CONFIG_KEY in json.loads(file.read_text(encoding="utf-8"))
+        for file in (Path(path) / name for name in ("config.json", INDEX_FILE))
+        if file.is_file()
+    )
 
 
 def read_format(key: str, path: str, stored: Mapping[str, Any]) -> RewardFormat:

@@ -6,6 +6,7 @@ that transformers loads it without any code from here and gives the raw logits.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ from rlhf_cli.models.positions import max_positions
 from rlhf_cli.rewards.format import CONFIG_KEY, RewardFormat, read_format
 from rlhf_cli.rewards.scoring import MAX_ROWS, logits_of_rows
 from rlhf_cli.types import Preference, Prompt, Rollout, Scores
+
+_log = logging.getLogger(__name__)
 
 
 class Scorer(ABC):
@@ -112,18 +115,38 @@ class RewardModel(Scorer):
         save_model(self.model if adapter is None else adapter.merged(), self.tokenizer, folder)
 
 
-def load_reward_model(key: str, path: str, device: torch.device) -> RewardModel:
-    """A reward model saved by this project: one classifier.
+def load_reward_model(
+    key: str, path: str, device: torch.device, elsewhere: RewardFormat | None = None
+) -> RewardModel:
+    """A reward model: one classifier.
+
+    Args:
+        key: of the config, for messages.
+        path: a folder, or a hub id.
+        device: where it goes.
+        elsewhere: how a classifier with one label that this project has not saved reads text; None = not at all.
 
     Raises:
-        RequestError: the folder is no reward model of this project, or its outputs are not what its settings say.
+        RequestError: the folder is no such reward model, or its outputs are not what its settings say.
     """
     model, tokenizer = load_classifier(key, path, device)
     stored: dict[str, Any] | None = getattr(model.config, CONFIG_KEY, None)
-    if stored is None:
-        raise RequestError(f"{key}={path}: not a reward model of this project (config.json has no {CONFIG_KEY})")
-    text_format = read_format(key, path, stored)
     labels = model.config.num_labels
+    if stored is not None:
+        text_format = read_format(key, path, stored)
+    elif elsewhere is None or labels != 1:
+        what = f"has {labels} labels and" if elsewhere is not None else "not a reward model of this project:"
+        raise RequestError(f"{key}={path}: {what} no {CONFIG_KEY} in config.json")
+    else:
+        text_format = elsewhere
+        _log.warning(
+            "%s=%s: from elsewhere (no %s in config.json): prompt and completion are read as this project's reward "
+            "models read them, and rewards are on its own scale; reward.normalize=sft_samples puts those of a policy "
+            "on one with others",
+            key,
+            path,
+            CONFIG_KEY,
+        )
     if text_format.grade_loss is None and labels != 1:
         raise RequestError(f"{key}={path}: has {labels} labels; a scalar reward model has one")
     if text_format.grade_loss is not None and labels < 2:
@@ -138,6 +161,7 @@ def load_reward_model(key: str, path: str, device: torch.device) -> RewardModel:
     longest = text_format.max_prompt_tokens + text_format.max_completion_tokens
     if limit is not None and longest > limit:
         raise RequestError(
-            f"{key}={path}: {CONFIG_KEY} has rows of up to {longest} tokens, more than the model's {limit} positions"
+            f"{key}={path}: {CONFIG_KEY if stored else 'data'} has rows of up to {longest} tokens, more than the "
+            f"model's {limit} positions"
         )
     return RewardModel(model, tokenizer, text_format)

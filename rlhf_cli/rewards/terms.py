@@ -78,18 +78,21 @@ def rule_matches(pattern: re.Pattern[str], rollout: Rollout, each: bool) -> Tens
 
 
 @torch.no_grad()
-def mean_logprobs(model: LanguageModel, sequences: Sequences, micro_batch_size: int) -> Tensor:
+def mean_logprobs(
+    model: LanguageModel, sequences: Sequences, micro_batch_size: int, micro_batch_tokens: int | None = None
+) -> Tensor:
     """Mean log-probability of each completion's tokens, its EOS included, under `model` at temperature 1.
 
     Args:
         model: in eval mode.
         sequences: N rows, on the model's device.
         micro_batch_size: rows per pass.
+        micro_batch_tokens: tokens per pass.
 
     Returns:
         float32 [N] on the CPU, nats per token, never above 0.
     """
-    tokens = frozen_logprobs(model, sequences, 1.0, micro_batch_size)
+    tokens = frozen_logprobs(model, sequences, 1.0, micro_batch_size, micro_batch_tokens)
     return (masked_sum(tokens.logprob, tokens.mask) / tokens.mask.sum(-1).clamp(min=1)).float().cpu()
 
 
@@ -99,6 +102,7 @@ class Judge:
 
     model: LanguageModel
     micro_batch_size: int
+    micro_batch_tokens: int | None = None
     tokenizer: PreTrainedTokenizerBase | None = (
         None  # None: that of the policy, whose tokens are taken as they are
     )
@@ -107,7 +111,7 @@ class Judge:
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """`mean_logprobs` of a rollout's completions."""
-        return mean_logprobs(self.model, self._sequences(rollout), self.micro_batch_size)
+        return mean_logprobs(self.model, self._sequences(rollout), self.micro_batch_size, self.micro_batch_tokens)
 
     def _sequences(self, rollout: Rollout) -> Sequences:
         if self.tokenizer is None:

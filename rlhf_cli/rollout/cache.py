@@ -48,6 +48,7 @@ class RowGroup:
             real: bool [C, W], True = a token of the prompt, padding on the left.
         """
         width = real.shape[1]
+        self._masks.clear()
         self.rows.copy_(rows)
         self.positions.copy_(positions)
         self.active.fill_(True)
@@ -67,8 +68,13 @@ class RowGroup:
             by_prompt = store[layer].view(new.shape[0], -1, *store[layer].shape[1:])
             by_prompt[:, :, :, : new.shape[2]] = new[:, None]
 
+    def cache_bytes(self) -> int:
+        """Of the keys and values of all layers."""
+        return sum(store.nbytes for store in (*self._keys.values(), *self._values.values()))
+
     def open_column(self) -> None:
         """From now on the newest token's column is seen."""
+        self._masks.clear()  # a step that could not be captured has left some that were never computed
         self.hidden.index_fill_(1, self.column, False)
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

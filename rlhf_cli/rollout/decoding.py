@@ -13,7 +13,7 @@ from rlhf_cli.models.attention import AttentionCall, states
 from rlhf_cli.ops.masks import is_eos
 from rlhf_cli.ops.sampling import sample_token
 from rlhf_cli.rollout.cache import RowGroup
-from rlhf_cli.rollout.graphs import LateCounts, StepGraphs
+from rlhf_cli.rollout.graphs import Capturing, LateCounts, StepGraphs
 from rlhf_cli.rollout.grouping import round_up, rows_to_keep
 from rlhf_cli.rollout.prefill import PrefillLayout, pack_prompts
 from rlhf_cli.rollout.sampling import Sampling
@@ -53,12 +53,20 @@ def shape_of(
 class Decoding:
     """Decodes R rows: the cache, the state of each row, and what comes out; serves again for prompts of its shape."""
 
-    def __init__(self, model: PreTrainedModel, head: Head, shape: DecodingShape, tuning: Tuning) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        head: Head,
+        shape: DecodingShape,
+        tuning: Tuning,
+        capturing: Capturing | None = None,
+    ) -> None:
         """Where an argument does not say it.
 
         Args:
             model: that `takes_layouts`.
             head: its logits, of hidden states; nothing that follows it is left out.
+            capturing: whether steps are captured, shared by all that decode with one model; None = never.
         """
         device = model.device
         num_rows = sum(rows for rows, _ in shape.groups)
@@ -66,7 +74,7 @@ class Decoding:
         self._head = head
         self._shape = shape
         self._tuning = tuning
-        self._graphs = StepGraphs(tuning.graphs and device.type == "cuda")
+        self._graphs = StepGraphs(Capturing(False) if capturing is None else capturing)
         self._groups = [RowGroup(rows, columns, device) for rows, columns in shape.groups]
         self._noise = torch.zeros((num_rows, shape.sampling.max_new_tokens), device=device)
         self._tokens = torch.zeros(
@@ -102,6 +110,10 @@ class Decoding:
             self._graphs.run(in_use, self.step)
             counts.note(self._counts)
         return self._tokens, self._logprob
+
+    def cache_bytes(self) -> int:
+        """Of the keys and values that it holds."""
+        return sum(group.cache_bytes() for group in self._groups)
 
     def attend(self, call: AttentionCall) -> Tensor:
         """See `Layout`: one new token a row, group by group."""

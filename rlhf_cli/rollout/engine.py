@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from rlhf_cli.models.packing import key_behind_the_head
 from rlhf_cli.models.positions import max_positions
 from rlhf_cli.models.vocabulary import tokens_only
 from rlhf_cli.rollout.decoding import Decoding, DecodingShape, shape_of
+from rlhf_cli.rollout.graphs import Capturing
 from rlhf_cli.rollout.grouping import chunks, split_lengths
 from rlhf_cli.rollout.noise import uniform_noise
 from rlhf_cli.rollout.plain import decode_plain
@@ -30,8 +31,10 @@ from rlhf_cli.types import PromptBatch, Rollout
 
 _log = logging.getLogger(__name__)
 
-# Shapes whose cache and graphs are kept on a GPU; on a CPU, where nothing is captured, none is.
-_MAX_KEPT = 2
+# Shapes whose cache and graphs are kept on a GPU, and the share of its memory that their caches may take between two
+# rollouts, where a training step needs it; on a CPU, where nothing is captured, none is kept.
+_MAX_KEPT = 8
+_KEPT_SHARE = 0.1
 
 
 class Engine:
@@ -52,6 +55,7 @@ class Engine:
         self._tuning = tuning_for(model.device) if tuning is None else tuning
         self._copies: dict[torch.dtype | None, InferenceCopy] = {}
         self._kept: OrderedDict[DecodingShape, Decoding] = OrderedDict()
+        self._capturing = Capturing(self._tuning.graphs and model.device.type == "cuda")
         self._addresses: tuple[int, ...] = ()
 
     @property
@@ -135,14 +139,15 @@ class Engine:
         )
         # Rows in the order of the groups, and back
         order = torch.tensor([i * k + sample for group in groups for i in group for sample in range(k)])
-        with _casting_anew(kind):
+        with _casting_anew(kind), _any_kernels(kind):
             tokens, logprob = self._decoding(decoder, shape)(
                 [[prompts[i] for i in group] for group in groups], noise[order]
             )
         back = order.argsort()
-        rows = tokens.cpu()[back]
+        rows, logprob = tokens.cpu()[back], logprob.cpu()
+        self._forget()
         ends = (rows >= 0).sum(-1).tolist()
-        return [row[:end] for row, end in zip(rows.tolist(), ends, strict=True)], logprob.sum(-1).cpu()[back]
+        return [row[:end] for row, end in zip(rows.tolist(), ends, strict=True)], logprob.sum(-1)[back]
 
     def _decoding(self, decoder: PreTrainedModel, shape: DecodingShape) -> Decoding:
         """Memory of this shape: kept from an earlier rollout, or new."""
@@ -150,12 +155,22 @@ class Engine:
             self._kept.move_to_end(shape)
             return self._kept[shape]
         model, head = self._model, decoder.get_output_embeddings()
-        made = Decoding(decoder, lambda hidden: tokens_only(model, head(hidden)), shape, self._tuning)
-        if self._tuning.graphs and decoder.device.type == "cuda":
+        made = Decoding(
+            decoder, lambda hidden: tokens_only(model, head(hidden)), shape, self._tuning, self._capturing
+        )
+        if self._capturing.enabled:
             self._kept[shape] = made
-            while len(self._kept) > _MAX_KEPT:
-                self._kept.popitem(last=False)
         return made
+
+    def _forget(self) -> None:
+        """Lets go of the shapes that were not met for longest, where all of them are too much."""
+        if not self._kept:
+            return
+        room = _KEPT_SHARE * torch.cuda.get_device_properties(self._model.device).total_memory
+        while self._kept and (
+            len(self._kept) > _MAX_KEPT or sum(one.cache_bytes() for one in self._kept.values()) > room
+        ):
+            self._kept.popitem(last=False)
 
 
 def generate(
@@ -201,6 +216,26 @@ def _casting_anew(kind: str) -> AbstractContextManager[object]:
     if not torch.is_autocast_enabled(kind):
         return nullcontext()
     return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)
+
+
+@contextmanager
+def _any_kernels(kind: str) -> Iterator[None]:
+    """On a GPU, without torch's replacements for kernels whose result depends on an order of writes.
+
+    Here no two writes of a kernel meet, so that every kernel is deterministic; the replacements sort the indices first.
+    """
+    is_on, only_warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    if kind == "cpu" or not is_on:
+        yield
+        return
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=only_warns)
 
 
 @functools.lru_cache

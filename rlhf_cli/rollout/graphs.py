@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,15 +20,22 @@ _log = logging.getLogger(__name__)
 _MAX_GRAPHS = 256
 
 
+@dataclass
+class Capturing:
+    """Whether steps are captured; where one could not be, none of the same model's is any more."""
+
+    enabled: bool
+
+
 class StepGraphs:
     """One graph for each shape of a step."""
 
-    def __init__(self, enabled: bool) -> None:
+    def __init__(self, capturing: Capturing) -> None:
         """Not enabled, every step is a call: the path of a CPU."""
-        self._enabled = enabled
+        self._capturing = capturing
         self._graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph] = OrderedDict()
         self._met: set[Hashable] = set()
-        self._pool = torch.cuda.graph_pool_handle() if enabled else None
+        self._pool = torch.cuda.graph_pool_handle() if capturing.enabled else None
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
         """Does the step.
@@ -39,7 +47,7 @@ class StepGraphs:
             key: all that the step depends on besides the contents of tensors.
             step: in place and without host synchronisation; not called where a graph is replayed.
         """
-        if not self._enabled:
+        if not self._capturing.enabled:
             step()
             return
         graph = self._graphs.get(key)
@@ -54,13 +62,16 @@ class StepGraphs:
 
     def _capture(self, key: Hashable, step: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
         try:
             # thread_local: what other threads do (a data loader's pinned memory) breaks no capture
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 step()
         except RuntimeError as error:
             _log.warning("decoding without CUDA graphs, which is slower: %s", str(error).splitlines()[0])
-            self._enabled = False
+            # What ends a capture may have failed before it gave the stream back
+            torch.cuda.set_stream(stream)
+            self._capturing.enabled = False
             return None
         self._graphs[key] = graph
         if len(self._graphs) > _MAX_GRAPHS:
@@ -87,7 +98,7 @@ class LateCounts:
         """Sends a step's counts, int64 [num_counts], on their way."""
         slot = self._next % (self._lag + 1)
         self._next += 1
-        self._slots[slot].copy_(counts, non_blocking=True)
+        self._slots[slot].copy_(counts, non_blocking=self._is_cuda)  # elsewhere nothing tells when it has come
         event = None
         if self._is_cuda:
             event = torch.cuda.Event()

@@ -270,7 +270,6 @@ def _reference(
             hold_matrices_in(off, job.precision.dtype)
         return Reference(model=off)
     settings = job.config.algo.train
-    num_pairs = settings.micro_batch_size or settings.batch_size
     key = {
         "schema": _SCHEMA_VERSION,
         "sft": sft.digest,
@@ -278,7 +277,8 @@ def _reference(
         "max_prompt_tokens": job.data.max_prompt_tokens,
         "max_completion_tokens": job.data.max_completion_tokens,
         "precision": job.precision.name,
-        "num_pairs": num_pairs,
+        "num_pairs": settings.rows_of_pass,
+        "num_tokens": settings.micro_batch_tokens,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     file = Path(job.config.stages.cache_dir) / f"reference-{digest[:12]}.safetensors"
@@ -290,7 +290,7 @@ def _reference(
         with explained_memory(micro_batch_keys("algo")):
             tables = {
                 split: reference_logprobs(
-                    model if off is None else off, rows, pad_id, num_pairs, job.precision, job.world
+                    model if off is None else off, rows, pad_id, settings, job.precision, job.world
                 )
                 for split, rows in (("train", pairs.train), ("validation", pairs.validation))
             }

@@ -111,7 +111,7 @@ def load_reward(
         RequestError: the sum is the same for all samples that it is to be scaled by.
     """
     settings, device = job.config.reward, job.precision.device
-    reward_model = None if rm is None else load_scorer("rm.path", rm.path, device)
+    reward_model = None if rm is None else load_scorer("rm.path", rm.path, device, build.scalar_format(job.config))
     for one in () if reward_model is None else reward_model.models():
         hold_matrices_in(one, job.precision.dtype)
     of_model = (
@@ -157,16 +157,16 @@ def _terms(
 def _coherence(job: Job, judge: Artifact | None, loaded: SftModel | None) -> Term:
     """Under the SFT model, or under another model, which reads the texts with its own tokenizer."""
     train, data = job.config.algo.train, job.data
-    size = train.micro_batch_size or train.batch_size
+    limits = train.rows_of_pass, train.micro_batch_tokens
     if judge is None:
         assert loaded is not None
-        one = Judge(loaded.model, size)
+        one = Judge(loaded.model, *limits)
     else:
         key = "reward.coherence.path"
         model, tokenizer = load_causal_lm(key, judge.path, job.precision.device)
         data.check_tokenizer(key, tokenizer)
         build.check_context(job.config, key, model)
-        one = Judge(model, size, tokenizer, data.max_prompt_tokens, data.max_completion_tokens)
+        one = Judge(model, *limits, tokenizer, data.max_prompt_tokens, data.max_completion_tokens)
 
     def judged(rollout: Rollout) -> Tensor:
         with job.precision.autocast():
@@ -212,7 +212,6 @@ def measured(
         job.sampling,
         derive_seed(seed, "validation"),
     )
-    size = algorithm.train.micro_batch_size or algorithm.train.batch_size
     return measure(
-        Engine(model), reference, tokenizer, reward, data.gold, held_out, size, job.precision, job.world
+        Engine(model), reference, tokenizer, reward, data.gold, held_out, algorithm.train, job.precision, job.world
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from rlhf_cli.build import rm_base, starts_from_sft
 from rlhf_cli.errors import RequestError, bad_value
 from rlhf_cli.models.loading import resolve_path
+from rlhf_cli.rewards.format import has_format
 from rlhf_cli.rewards.settings import MembersRm, RmConfig
 from rlhf_cli.runs.job import Artifact, Job
 from rlhf_cli.runs.members import train_member, train_start
@@ -136,7 +137,7 @@ def _snapshots(job: Job, sft: Artifact) -> list[Artifact]:
 
 def _given(key: str, path: str, say: Say) -> Artifact:
     resolved = resolve_path(key, path)
-    kept = "; read out as stored with it" if key == "rm.path" else ""
+    kept = "; read out as stored with it" if key == "rm.path" and has_format(resolved) else ""
     say(f"{key.split('.')[0]}: using {resolved} ({key} is set{kept})")
     return Artifact(resolved, file_digest(resolved))
 

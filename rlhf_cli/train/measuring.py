@@ -14,6 +14,7 @@ from rlhf_cli.data.tokenise import prompt_batch
 from rlhf_cli.models.causal import LanguageModel, full_kls
 from rlhf_cli.rewards.terms import gold_rewards
 from rlhf_cli.rollout.engine import Engine, Sampling
+from rlhf_cli.settings import TrainSettings
 from rlhf_cli.train.distributed import World
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.types import Prompt, Rollout, Scores
@@ -37,7 +38,7 @@ def measure(
     reward: Callable[[Rollout], Scores] | None,
     gold: GoldReward | None,
     held_out: HeldOut,
-    micro_batch_size: int,
+    settings: TrainSettings,
     precision: Precision,
     world: World,
 ) -> dict[str, Tensor]:
@@ -51,7 +52,14 @@ def measure(
     batch = prompt_batch(tokenizer, held_out.prompts[mine], index, held_out.max_prompt_tokens)
     with precision.autocast():
         rollout = engine.generate(tokenizer, batch, 1, held_out.sampling, held_out.seed, 0)
-        kl = full_kls(engine.model, reference, rollout.sequences, held_out.sampling.temperature, micro_batch_size)
+        kl = full_kls(
+            engine.model,
+            reference,
+            rollout.sequences,
+            held_out.sampling.temperature,
+            settings.rows_of_pass,
+            settings.micro_batch_tokens,
+        )
     columns = {"kl": kl, **lengths(rollout)}
     if reward is not None:
         scores = reward(rollout)

@@ -133,7 +133,6 @@ class PolicyTask(Task):
         self.scaling = scaling
         seed_of_noise = derive_seed(seed, "validation") if validation_seed is None else validation_seed
         self.held_out = HeldOut(validation_prompts, max_prompt_tokens, sampling, seed_of_noise)
-        self.micro_batch_size = self.settings.micro_batch_size or self.settings.batch_size
         self.baseline = BaselineState()
         self._prepared: list[_Prepared] = []
         self._steps_left = 0  # of the current rollout
@@ -194,7 +193,7 @@ class PolicyTask(Task):
             self._held_out_reward,
             self.gold,
             self.held_out,
-            self.micro_batch_size,
+            self.settings,
             self.precision,
             self.world,
         )

@@ -15,6 +15,7 @@ from rlhf_cli.data.tokenise import TokenPair, collate
 from rlhf_cli.models.adapters import Adapter, save_trained
 from rlhf_cli.models.causal import LanguageModel, token_logprobs
 from rlhf_cli.models.recompute import recomputing
+from rlhf_cli.settings import TrainSettings
 from rlhf_cli.train.distributed import ALONE, World
 from rlhf_cli.train.loop import Evaluation, StepBatch, Task
 from rlhf_cli.train.micro_batches import micro_batches
@@ -131,8 +132,7 @@ class PreferenceTask(Task):
     ) -> list[PairBatch]:
         parts = []
         every = [pairs[place] for place in places]
-        lengths = [sum(map(len, (*chosen, *rejected))) for chosen, rejected in every]
-        for part in micro_batches(lengths, self.settings):
+        for part in micro_batches([*map(_num_tokens, every)], self.settings):
             ref = None if known is None else known[list(places[part])].T.reshape(-1).to(self.precision.device)
             sequences = collate_both(every[part], int(self.tokenizer.pad_token_id))
             parts.append(PairBatch(sequences.to(self.precision.device), ref))
@@ -144,24 +144,29 @@ def collate_both(pairs: Sequence[EncodedPair], pad_id: int) -> Sequences:
     return collate([*(chosen for chosen, _ in pairs), *(rejected for _, rejected in pairs)], pad_id)
 
 
+def _num_tokens(pair: EncodedPair) -> int:
+    chosen, rejected = pair
+    return sum(map(len, (*chosen, *rejected)))
+
+
 @torch.no_grad()
 def reference_logprobs(
     reference: LanguageModel,
     pairs: Sequence[EncodedPair],
     pad_id: int,
-    num_pairs: int,
+    settings: TrainSettings,
     precision: Precision,
     world: World = ALONE,
 ) -> Tensor:
-    """Log-probs of whole completions under the reference, `num_pairs` pairs at a time.
+    """Log-probs of whole completions under the reference, as many pairs at a time as a training pass may have.
 
     Returns:
         float32 [n, 2] on the CPU, chosen and rejected, of all n pairs, whichever process has taken them.
     """
     mine = range(len(pairs))[world.share(len(pairs))]
     parts = [torch.zeros(0, 2)]
-    for start in range(0, len(mine), num_pairs):
-        sequences = collate_both([pairs[place] for place in mine[start : start + num_pairs]], pad_id)
+    for part in micro_batches([_num_tokens(pairs[place]) for place in mine], settings):
+        sequences = collate_both([pairs[place] for place in mine[part]], pad_id)
         with precision.autocast():
             tokens = token_logprobs(reference, sequences.to(precision.device), with_entropy=False)
             logprob = tokens.sequence_logprob()

@@ -129,7 +129,7 @@ class RewardTask(Task):
         loss, accuracy, mean_margin, entropy_mean = self.world.sum(sums)
         metrics = {"loss": loss, "rm/accuracy": accuracy, "rm/margin": mean_margin}
         if self.reward_model.format.grade_loss is not None:
-            metrics["rm/grade_entropy"] = entropy_mean
+            metrics["rm/entropy"] = entropy_mean
         return Evaluation(metrics, score=-loss)
 
     def save(self, folder: Path) -> None:
@@ -151,7 +151,8 @@ class RewardTask(Task):
     def _find_marginal(self, micro_batches: Sequence[PreferenceBatch]) -> None:
         """The whole step's mean distribution, which no micro-batch and no process knows by itself."""
         total = torch.zeros(int(self.model.config.num_labels or 1), dtype=torch.float64)
-        with torch.random.fork_rng(), self.precision.autocast():
+        device = self.precision.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), self.precision.autocast():
             for part in micro_batches:
                 total += sum_probabilities(torch.cat(self._logits(part))).cpu().double()
         total = torch.tensor(self.world.sum(total.tolist()))

@@ -104,8 +104,10 @@ def deterministic() -> None:
     On the CPU every operator used here has one, and one that has not raises RuntimeError. With CUDA such an
     operator only warns: results then repeat as far as the kernels allow, and a run does not die late for it.
     cuBLAS needs a fixed workspace (CUBLAS_WORKSPACE_CONFIG, set to :4096:8 unless the environment has it),
-    and cuDNN must not choose kernels by timing. Filling fresh memory with nan, which torch would add, is left
-    off: it costs bandwidth at every allocation and only matters to code that reads what it never wrote.
+    and cuDNN must not choose kernels by timing. Nor does it do the attention: it plans anew for every shape, which
+    takes longer than the attention itself, and rows without padding rarely have a shape twice. Filling fresh
+    memory with nan, which torch would add, is left off: it costs bandwidth at every allocation and only matters to
+    code that reads what it never wrote.
     """
     import torch
 
@@ -113,3 +115,4 @@ def deterministic() -> None:
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.enable_cudnn_sdp(False)

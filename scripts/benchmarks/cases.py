@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import peers
 import torch
 import trl_side
 import workload
-from turns import Clock, FunctionPeer, Peer, in_turns, median_of_rows, times
+from turns import Clock, FunctionPeer, Peer, in_turns, median_of_rows, seconds, times
 from workload import Sizes
 
 from rlhf_cli.train.precision import Precision
@@ -62,6 +62,12 @@ class Bench:
         """On the device."""
         return Precision(name, self.device)
 
+    def ceiling(self, precision: str) -> Callable[[], float]:
+        """Measures matrix products, now; GFLOP/s."""
+        size = int(self.ceilings["matmul_largest_size"])
+        dtype = self.precision(precision).dtype or torch.float32
+        return lambda: ceilings.matmul_gflops(self.device, dtype, self.clock, size, 1)
+
 
 def save_models(sizes: Sizes, folder: Path) -> int:
     """Writes what the peers load; returns the policy's parameters."""
@@ -91,7 +97,7 @@ def _alone(bench: Bench, case: str, precision: str) -> dict[str, Any]:
     """Our step without a peer: times, parts, the first loss, FLOP/s against the ceiling."""
     with _our_steps(bench, case, precision) as step:
         rows = [step() for _ in range(max(1, bench.warm_up))]
-        found = times(step, bench.clock, 0, bench.pairs)
+        found, share = _times_and_share(bench, case, precision, step)
         iterator = iter(step, None)
         parts = [our_side.parts_of_step(iterator, bench.clock) for _ in range(bench.pairs)]
     median = statistics.median(found)
@@ -101,17 +107,26 @@ def _alone(bench: Bench, case: str, precision: str) -> dict[str, Any]:
         "parts": median_of_rows(parts),
         "first_loss": rows[0]["loss"],
         "tokens_per_step": int(rows[0]["tokens"]),
-        **_of_ceiling(bench, case, precision, median),
+        "tokens_per_s": ceilings.tokens_of(case, bench.sizes) / median,
+        "of_matmul_ceiling": share,
     }
 
 
-def _of_ceiling(bench: Bench, case: str, precision: str, median_s: float) -> dict[str, float]:
-    gflops = ceilings.flops_of(case, bench.sizes) / median_s / 1e9
-    return {
-        "tokens_per_s": ceilings.tokens_of(case, bench.sizes) / median_s,
-        "model_gflops": gflops,
-        "of_matmul_ceiling": gflops / bench.ceilings[f"matmul_{precision}_gflops"],
-    }
+def _times_and_share(
+    bench: Bench, case: str, precision: str, step: Callable[[], object]
+) -> tuple[list[float], float]:
+    """Seconds of our steps, and their share of the ceiling, which is measured after each of them."""
+    ceiling, found, rates = bench.ceiling(precision), list[float](), list[float]()
+    for _ in range(bench.pairs):
+        found.append(seconds(step, bench.clock))
+        rates.append(ceiling())
+    return found, _share(bench, case, found, rates)
+
+
+def _share(bench: Bench, case: str, ours_s: Sequence[float], rates: Sequence[float]) -> float:
+    """Of a ceiling (GFLOP/s), turn by turn; the median."""
+    flops = ceilings.flops_of(case, bench.sizes)
+    return statistics.median(flops / one / 1e9 / rate for one, rate in zip(ours_s, rates, strict=True))
 
 
 def _faster(ours: dict[str, dict[str, Any]], key: str) -> str:
@@ -163,12 +178,13 @@ def _beside_trl(bench: Bench, case: str, result: dict[str, Any]) -> None:
     for setting, flags, precision in settings:
         peer = peer_of(flags)
         with _our_steps(bench, case, precision) as step:
-            found = in_turns(peer, step, bench.clock, bench.warm_up, bench.pairs)
+            found = in_turns(peer, step, bench.clock, bench.warm_up, bench.pairs, bench.ceiling(precision))
         result["pairs"][f"trl_{setting}"] = {
             "flags": flags.as_dict(),
             "ours_precision": precision,
             "peer_tokens_per_step": peer.tokens_per_step,
             "peer_first_loss": sum(peer.losses[: flags.micro_share]),
+            "of_matmul_ceiling": _share(bench, case, found.ours_s, found.ceiling),
             **found.as_dict(),
         }
         _ratio(bench, f"{case}/trl_{setting}", found.ratio)
@@ -194,10 +210,15 @@ def _generate(bench: Bench) -> None:
     }
     ours: dict[str, Any] = {}
     for precision, roll_out in makers.items():
-        found = times(roll_out, clock, bench.warm_up, bench.pairs)
+        times(roll_out, clock, bench.warm_up, 0)
+        found, share = _times_and_share(bench, "generate", precision, roll_out)
         median = statistics.median(found)
-        ours[precision] = {"rollout_s": found, "median_s": median}
-        ours[precision] |= _of_ceiling(bench, "generate", precision, median)
+        ours[precision] = {
+            "rollout_s": found,
+            "median_s": median,
+            "tokens_per_s": ceilings.tokens_of("generate", sizes) / median,
+            "of_matmul_ceiling": share,
+        }
         rollout = roll_out()
         ours[precision]["new_tokens"] = sum(len(ids) for ids in rollout.completion_ids)
     best_ours = _faster(ours, "median_s")
@@ -238,11 +259,19 @@ def _generate(bench: Bench) -> None:
         ("hf_best", tried.best, best_ours),
     ):
         function = hf_side.HfGenerate(sizes, flags, bench.device, bench.folder)
-        found_pairs = in_turns(FunctionPeer(function, clock), makers[precision], clock, bench.warm_up, bench.pairs)
+        found_pairs = in_turns(
+            FunctionPeer(function, clock),
+            makers[precision],
+            clock,
+            bench.warm_up,
+            bench.pairs,
+            bench.ceiling(precision),
+        )
         result["pairs"][name] = {
             "flags": flags.as_dict(),
             "ours_precision": precision,
             "peer_new_tokens": function.new_tokens,
+            "of_matmul_ceiling": _share(bench, "generate", found_pairs.ours_s, found_pairs.ceiling),
             **found_pairs.as_dict(),
         }
         _ratio(bench, f"generate/{name}", found_pairs.ratio)

@@ -1,10 +1,11 @@
 """What the machine can do, and what the work needs: matrix products and copies measured, FLOPs and bytes counted.
 
-FLOPs are those of the model on real tokens, whatever a program computes beside them: 2 per weight of a matrix and token
-in a forward pass, three times that where a backward pass follows. Embedding look-ups, attention scores (short rows:
-a few percent), softmax and padding count nothing. The output matrix counts where a token is predicted. An RLOO step
-needs: the prompts once, every new token once while sampling; all tokens through the reward model and the reference;
-a training pass. (A second log-prob pass of the policy is not needed: it samples and learns as one distribution.)
+FLOPs are those that the work cannot do without, whatever a program computes beside them: 2 per weight of a matrix and
+token in a forward pass, three times that where a backward pass follows. A prompt counts once, however many completions
+follow it. Embedding look-ups, attention scores (short rows: a few percent), softmax and padding count nothing. The
+output matrix counts where a token is predicted. An RLOO step needs: the prompts once, every new token once while
+sampling; all tokens through the reward model and the reference; a training pass. (A second log-prob pass of the policy
+is not needed: it samples and learns as one distribution.)
 """
 
 from __future__ import annotations
@@ -86,11 +87,10 @@ def flops_of(case: str, sizes: Sizes) -> float:
         rollout = matrices.forward(prompt + new, new)
         if case != "rloo_step":
             return rollout
-        tokens = sizes.k * prompt + new
-        return rollout + matrices.forward(tokens, 0) + 4 * matrices.forward(tokens, new)
-    rows = [row for pair in make_pairs(sizes) for row in pair]
-    tokens = sum(len(prompt) + len(completion) for prompt, completion in rows)
-    predicted = sum(len(completion) for _, completion in rows)
+        return rollout + matrices.forward(prompt + new, 0) + 4 * matrices.forward(prompt + new, new)
+    pairs = make_pairs(sizes)
+    predicted = sum(len(completion) for pair in pairs for _, completion in pair)
+    tokens = predicted + sum(len(prompt) for (prompt, _), _ in pairs)
     if case == "rm_step":
         return 3 * matrices.forward(tokens, 0)
     passes = 3 if case == "dpo_step_precomputed" else 4

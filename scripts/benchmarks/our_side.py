@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from rlhf_cli.models.low_precision import hold_matrices_in
 from rlhf_cli.models.packing import enable_layouts
 from rlhf_cli.rewards.format import RewardFormat
 from rlhf_cli.rewards.model import RewardModel
-from rlhf_cli.rollout.engine import Sampling, generate
+from rlhf_cli.rollout.engine import Engine, Sampling
 from rlhf_cli.runs.scoring import RewardOfRollout
 from rlhf_cli.settings import Schedule, TrainSettings
 from rlhf_cli.train.loop import Task, steps
@@ -33,11 +34,13 @@ from rlhf_cli.train.policy import PolicyTask
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.train.preference import PreferenceTask, Reference, reference_logprobs
 from rlhf_cli.train.reward import RewardLoss, RewardTask
+from rlhf_cli.train.seeding import deterministic
 from rlhf_cli.types import Rollout
 
 BETA = 0.1
 LR = 1e-6
 _MANY = 1_000_000  # steps; as many as are asked for are taken
+FP32_PRECISION = torch.backends.fp32_precision  # torch's own choice, as long as no peer has made another
 Row = dict[str, float]
 
 
@@ -116,7 +119,7 @@ def dpo_task(sizes: Sizes, precision: Precision, is_precomputed: bool = False) -
     policy = _policy(sizes, precision)
     pairs = workload.make_pairs(sizes)
     if is_precomputed:
-        known = reference_logprobs(policy, pairs, workload.PAD, len(pairs), precision)
+        known = reference_logprobs(policy, pairs, workload.PAD, TrainSettings(batch_size=len(pairs)), precision)
         reference = Reference(logprobs=(known, known))
     else:
         reference = Reference(model=_frozen_copy(policy, precision))
@@ -145,9 +148,34 @@ TASKS: dict[str, Callable[[Sizes, Precision], Task]] = {
 
 def make_steps(case: str, sizes: Sizes, precision: Precision, folder: Path) -> Iterator[Row]:
     """Optimizer steps of a case without end; each gives its row of metrics."""
-    task = TASKS[case](sizes, precision)
+    with as_in_a_command():
+        task = TASKS[case](sizes, precision)
     settings: TrainSettings = task.settings  # type: ignore[attr-defined]
-    return steps(task, settings, _MANY, folder, _NoRecorder(), precision, seed=0)
+    rows = steps(task, settings, _MANY, folder, _NoRecorder(), precision, seed=0)
+    while True:
+        with as_in_a_command():
+            row = next(rows)
+        yield row
+
+
+@contextmanager
+def as_in_a_command() -> Iterator[None]:
+    """Kernels as every command of ours chooses them; what a peer runs with, TF32 for one, is put back afterwards."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.benchmark,
+        torch.backends.cuda.cudnn_sdp_enabled(),
+        torch.backends.fp32_precision,
+    )
+    deterministic()
+    torch.backends.fp32_precision = FP32_PRECISION
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+        torch.backends.cuda.enable_cudnn_sdp(before[2])
+        torch.backends.fp32_precision = before[3]
 
 
 class OptimizerClock:
@@ -203,13 +231,14 @@ class OurGenerate:
         self.k = sizes.k
         self.sampling = Sampling(new_tokens)
         self.precision = precision
+        self.engine = Engine(self.policy)
         self.number = 0
 
     def __call__(self) -> Rollout:
         """One rollout, with noise of its own."""
         self.number += 1
-        with self.precision.autocast():
-            return generate(self.policy, self.tokenizer, self.batch, self.k, self.sampling, 0, self.number)
+        with as_in_a_command(), self.precision.autocast():
+            return self.engine.generate(self.tokenizer, self.batch, self.k, self.sampling, 0, self.number)
 
 
 def wall_clock(device: torch.device) -> Callable[[], float]:

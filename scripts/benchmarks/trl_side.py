@@ -16,6 +16,7 @@ import workload
 from our_side import BETA, LR
 from peers import DTYPES, Flags, load_policy
 from transformers import LlamaForSequenceClassification
+from transformers.utils.import_utils import enable_tf32
 from turns import Clock
 from workload import Sizes
 
@@ -92,9 +93,14 @@ class TrlPeer:
     def run(self, num_steps: int, between: Callable[[float], None]) -> None:
         """`train()` of that many steps."""
         _quiet()
-        trainer = _make_trainer(self, num_steps)
-        trainer.add_callback(_make_callback(self.clock, between))
-        trainer.train()
+        precision = torch.backends.fp32_precision  # its flag tf32 changes that of the whole process
+        try:
+            trainer = _make_trainer(self, num_steps)
+            trainer.add_callback(_make_callback(self.clock, between))
+            trainer.train()
+        finally:
+            torch.backends.fp32_precision = precision
+            enable_tf32.cache_clear()
         self.losses = [float(loss) for loss in trainer.seen_losses]
         self.tokens_per_step = _tokens_per_step(trainer, num_steps)
 

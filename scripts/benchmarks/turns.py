@@ -24,6 +24,7 @@ class Pairs:
 
     peer_s: list[float] = field(default_factory=list)
     ours_s: list[float] = field(default_factory=list)
+    ceiling: list[float] = field(default_factory=list)  # GFLOP/s of matrix products, right after
 
     @property
     def ratios(self) -> list[float]:
@@ -42,7 +43,7 @@ class Pairs:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            **asdict(self),
+            **{name: value for name, value in asdict(self).items() if value},
             "ratios": self.ratios,
             "median_peer_s": statistics.median(self.peer_s),
             "median_ours_s": statistics.median(self.ours_s),
@@ -84,8 +85,18 @@ def peer_times(peer: Peer, warm_up: int, runs: int) -> list[float]:
     return found[warm_up:]
 
 
-def in_turns(peer: Peer, ours: Callable[[], object], clock: Clock, warm_up: int, pairs: int) -> Pairs:
-    """The peer's step, ours, the peer's, ours ...; the first `warm_up` pairs are made and forgotten."""
+def in_turns(
+    peer: Peer,
+    ours: Callable[[], object],
+    clock: Clock,
+    warm_up: int,
+    pairs: int,
+    ceiling: Callable[[], float] | None = None,
+) -> Pairs:
+    """The peer's step, ours, the peer's, ours ...; the first `warm_up` pairs are made and forgotten.
+
+    What the machine can do is measured in every turn, because it is not the same from one minute to the next.
+    """
     result, count = Pairs(), 0
 
     def between(peer_s: float) -> None:
@@ -95,6 +106,8 @@ def in_turns(peer: Peer, ours: Callable[[], object], clock: Clock, warm_up: int,
         if count > warm_up:
             result.peer_s.append(peer_s)
             result.ours_s.append(ours_s)
+            if ceiling is not None:
+                result.ceiling.append(ceiling())
 
     peer.run(warm_up + pairs, between)
     assert len(result.peer_s) == pairs, (len(result.peer_s), pairs)

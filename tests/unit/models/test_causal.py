@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,15 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from rlhf_cli.data.tokenise import TokenPair, collate
-from rlhf_cli.models.causal import full_kls, sequence_logits, sequence_logprobs, token_logprobs
+from rlhf_cli.models import causal
+from rlhf_cli.models.causal import (
+    frozen_logprobs,
+    full_kls,
+    sequence_logits,
+    sequence_logprobs,
+    token_logprobs,
+)
+from rlhf_cli.types import Sequences
 
 ROWS: list[TokenPair] = [([3, 4, 5], [6, 7, 1]), ([8], [9]), ([2, 2, 2, 2], [10, 11]), ([5], [])]
 
@@ -73,6 +82,24 @@ def test_gradients_flow_where_they_should(make_model: ModelFactory) -> None:
     assert not token_logprobs(model, sequences).entropy.requires_grad
     assert not any(value.requires_grad for value in sequence_logprobs(model, sequences, 1.0, 2))
     assert not full_kls(model, make_model(1), sequences, 1.0, 2).requires_grad
+
+
+def test_tokens_bound_a_pass(make_model: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other, sequences = make_model(0), make_model(1), collate(ROWS, 0)
+    kls, logprob = full_kls(model, other, sequences, 1.0, 4), frozen_logprobs(model, sequences, 1.0, 4).logprob
+    seen: list[int] = []
+    for name in ("_full_kls", "token_logprobs"):
+        original = getattr(causal, name)
+
+        def counted(*arguments: Any, original: Callable[..., Any] = original) -> Any:
+            rows = next(one for one in arguments if isinstance(one, Sequences))
+            seen.append(int(rows.attention_mask.sum()))
+            return original(*arguments)
+
+        monkeypatch.setattr(causal, name, counted)
+    torch.testing.assert_close(full_kls(model, other, sequences, 1.0, 4, 8), kls, atol=2e-5, rtol=0)
+    torch.testing.assert_close(frozen_logprobs(model, sequences, 1.0, 4, 8).logprob, logprob, atol=2e-5, rtol=0)
+    assert seen == [8, 7, 8, 7]  # of rows with 6, 2, 6 and 1
 
 
 def test_full_kl_by_hand(make_model: ModelFactory) -> None:

@@ -152,6 +152,12 @@ class TestRoundTrip:
     def test_weights_are_stored_as_safetensors_alone(self, saved: Path) -> None:
         assert {file.suffix for file in saved.iterdir()} == {".json", ".safetensors"}
 
+    def test_the_tokenizer_has_the_name_that_older_versions_know(self, saved: Path) -> None:
+        """transformers 4 has no TokenizersBackend."""
+        config = json.loads((saved / "tokenizer_config.json").read_text())
+        assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert AutoTokenizer.from_pretrained(saved).get_vocab() == byte_tokenizer().get_vocab()
+
     def test_half_precision_weights_become_float32(self, tmp_path: Path) -> None:
         save_model(tiny_lm().to(torch.bfloat16), byte_tokenizer(), tmp_path)
         assert next(iter(load_file(tmp_path / "model.safetensors").values())).dtype == torch.bfloat16

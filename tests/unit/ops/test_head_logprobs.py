@@ -92,6 +92,17 @@ def test_under_autocast_it_is_as_close_to_float32_as_autocast_is() -> None:
         assert float((leaf.grad - wanted.grad).norm() / wanted.grad.norm()) < 0.02
 
 
+@pytest.mark.usefixtures("way")
+def test_only_the_products_of_the_output_layer_are_rounded_under_autocast() -> None:
+    hidden, weight, offset, targets = inputs()
+    rounded = [one.bfloat16() for one in (hidden, weight, offset)]
+    logits = functional.linear(*rounded).float().log_softmax(-1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logprob, entropy = head_logprobs(hidden, weight, offset, targets)
+    torch.testing.assert_close(logprob, logits.gather(-1, targets[:, None])[:, 0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy, -(logits.exp() * logits).sum(-1), atol=1e-4, rtol=0)
+
+
 def test_no_tokens() -> None:
     hidden, weight, _, _ = inputs()
     weight.requires_grad_()

@@ -155,3 +155,9 @@ def test_rounding_of_a_blocks_sum_draws_nothing_behind_its_last_possible_token()
     probability[:, 100:] = 0.0
     picked, _ = inverse_cdf(probability, torch.full((4000,), LARGEST_UNIFORM))
     assert (picked < 100).all()
+
+
+@pytest.mark.parametrize("num_tokens", [7, 300])
+def test_weights_that_are_no_numbers_give_an_id_of_the_vocabulary(num_tokens):
+    ids, logprob = sample_token(torch.full((2, num_tokens), math.nan), torch.tensor([0.0, 0.9]))
+    assert bool((ids >= 0).all() and (ids < num_tokens).all()) and bool(logprob.isnan().all())

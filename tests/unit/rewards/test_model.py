@@ -256,7 +256,7 @@ class TestSaved:
         reward = reward_model()
         save_model(reward.model, reward.tokenizer, tmp_path)
         with pytest.raises(
-            RequestError, match=r"not a reward model of this project \(config\.json has no rlhf_reward"
+            RequestError, match=r"not a reward model of this project: no rlhf_reward in config\.json"
         ):
             load_reward_model("rm.path", str(tmp_path), CPU)
 

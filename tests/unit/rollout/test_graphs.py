@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from rlhf_cli.rollout import graphs
-from rlhf_cli.rollout.graphs import LateCounts, StepGraphs
+from rlhf_cli.rollout.graphs import Capturing, LateCounts, StepGraphs
 
 CPU = torch.device("cpu")
 
@@ -20,6 +20,7 @@ class FakeGraph:
     """Replays what was noted while it was captured."""
 
     capturing: FakeGraph | None = None
+    streams: ClassVar[list[str]] = []  # that were set
 
     def __init__(self) -> None:
         self.work: list[Any] = []
@@ -43,6 +44,9 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the stream")
+    monkeypatch.setattr(torch.cuda, "set_stream", FakeGraph.streams.append)
+    FakeGraph.streams.clear()
 
 
 class Step:
@@ -63,7 +67,7 @@ class Step:
 
 
 def test_switched_off_every_step_is_a_call() -> None:
-    runner, step = StepGraphs(enabled=False), Step()
+    runner, step = StepGraphs(Capturing(False)), Step()
     for _ in range(4):
         runner.run("shape", step)
     assert (step.calls, step.done) == (4, 4)
@@ -71,7 +75,7 @@ def test_switched_off_every_step_is_a_call() -> None:
 
 @pytest.mark.usefixtures("fake_cuda")
 def test_a_shape_is_called_once_captured_once_and_then_replayed() -> None:
-    runner, step, other = StepGraphs(enabled=True), Step(), Step()
+    runner, step, other = StepGraphs(Capturing(True)), Step(), Step()
     for _ in range(5):
         runner.run("shape", step)
         runner.run("other", other)
@@ -83,7 +87,7 @@ def test_a_shape_is_called_once_captured_once_and_then_replayed() -> None:
 @pytest.mark.usefixtures("fake_cuda")
 def test_the_graph_that_was_not_used_for_longest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "_MAX_GRAPHS", 2)
-    runner, steps = StepGraphs(enabled=True), {name: Step() for name in "abc"}
+    runner, steps = StepGraphs(Capturing(True)), {name: Step() for name in "abc"}
     for name in "aabbacc":
         runner.run(name, steps[name])
     assert [steps[name].calls for name in "abc"] == [2, 2, 2]
@@ -102,11 +106,14 @@ def test_what_cannot_be_captured_is_called_with_one_warning(caplog: pytest.LogCa
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
         done.append(1)
 
-    runner = StepGraphs(enabled=True)
+    capturing = Capturing(True)
+    runner, other = StepGraphs(capturing), StepGraphs(capturing)
     with caplog.at_level(logging.WARNING):
         for _ in range(4):
             runner.run("shape", step)
-    assert len(done) == 4
+            other.run("shape", step)
+    assert len(done) == 8
+    assert FakeGraph.streams == ["the stream"], "given back, whether or not the capture did"
     (record,) = caplog.records
     assert record.message.endswith("operation not permitted when stream is capturing")
 

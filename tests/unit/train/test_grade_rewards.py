@@ -94,7 +94,7 @@ def test_loss_and_figures_by_hand(loss: GradeLoss, kind: str) -> None:
         "rm/margin": float(margin.mean()),
     }
     assert figures == pytest.approx(expected, abs=1e-5)
-    assert evaluation == pytest.approx({**expected, "rm/grade_entropy": float(entropy.mean())}, abs=1e-5)
+    assert evaluation == pytest.approx({**expected, "rm/entropy": float(entropy.mean())}, abs=1e-5)
     assert 0 < expected["rm/accuracy"] < 1 and task.evaluate(0).score == -evaluation["loss"]
 
 

@@ -190,9 +190,13 @@ def test_the_swapped_pairs_have_the_opposite_figures() -> None:
     assert ahead["loss"] - behind["loss"] == pytest.approx(-ahead["dpo/margin"], abs=1e-4)  # log s(-x)/s(x) = -x
 
 
+def passes(num_pairs: int) -> TrainSettings:
+    return TrainSettings(micro_batch_size=num_pairs)
+
+
 def test_a_precomputed_reference_changes_neither_figures_nor_order() -> None:
     start, order = tiny_lm(), []
-    table = reference_logprobs(start, PAIRS, PAD, 2, FP32)
+    table = reference_logprobs(start, PAIRS, PAD, passes(2), FP32)
     assert table.shape == (5, 2)
     tasks = [
         task_for(tiny_lm(), micro_batch_size=2, batch_size=3),
@@ -216,19 +220,19 @@ def test_a_precomputed_reference_changes_neither_figures_nor_order() -> None:
 
 def test_reference_logprobs_are_in_the_order_of_the_pairs_whoever_takes_them() -> None:
     model = tiny_lm()
-    whole = reference_logprobs(model, PAIRS, PAD, 5, FP32)
+    whole = reference_logprobs(model, PAIRS, PAD, passes(5), FP32)
     both = token_logprobs(model, collate_both(PAIRS, PAD)).sequence_logprob()
     assert torch.allclose(whole[:, 0], both[:5], atol=1e-5) and torch.allclose(whole[:, 1], both[5:], atol=1e-5)
-    assert torch.allclose(reference_logprobs(model, PAIRS, PAD, 1, FP32), whole, atol=1e-5)
+    assert torch.allclose(reference_logprobs(model, PAIRS, PAD, passes(1), FP32), whole, atol=1e-5)
     assert not whole.requires_grad
 
     class Pretended(World):
         def gather(self, rows: torch.Tensor) -> torch.Tensor:
             return rows
 
-    parts = [reference_logprobs(model, PAIRS, PAD, 2, FP32, Pretended(rank, 3)) for rank in range(3)]
+    parts = [reference_logprobs(model, PAIRS, PAD, passes(2), FP32, Pretended(rank, 3)) for rank in range(3)]
     assert torch.allclose(torch.cat(parts), whole, atol=1e-5)
-    assert reference_logprobs(model, [], PAD, 2, FP32).shape == (0, 2)
+    assert reference_logprobs(model, [], PAD, passes(2), FP32).shape == (0, 2)
 
 
 def test_the_prompt_has_no_part_in_the_loss() -> None:
