@@ -212,14 +212,18 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
             model.generation_config = generation
         generation.to_json_file(folder / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
     tokenizer.save_pretrained(folder)
-    _name_as_before(folder / "tokenizer_config.json")
+    _for_older_versions(folder / "tokenizer_config.json", tokenizer)
 
 
-def _name_as_before(file: Path) -> None:
-    """A fast tokenizer by the name that every version of transformers knows, not by the one that 5 has given it."""
+def _for_older_versions(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What transformers 5 leaves unsaid, for 4: the fast tokenizers' name there, and the tensors that it makes."""
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if config.get("tokenizer_class") == "TokenizersBackend":
-        write_json_atomic(file, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
+        named = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": list(tokenizer.model_input_names),
+        }
+        write_json_atomic(file, {**config, **named})
 
 
 def parameter_counts(model: torch.nn.Module) -> dict[str, int]:

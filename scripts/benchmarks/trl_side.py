@@ -49,7 +49,7 @@ def trl_problem() -> str | None:
     try:
         version = importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError:
-        return "TRL is not installed (pip install -e '.[dev]'): only our figures"
+        return "TRL is not installed (pip install -e '.[bench]'): only our figures"
     if not version.startswith(f"{TRL_VERSION}."):
         return f"TRL is {version}, this compares with {TRL_VERSION}: only our figures"
     return None
