@@ -212,18 +212,31 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
             model.generation_config = generation
         generation.to_json_file(folder / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
     tokenizer.save_pretrained(folder)
-    _for_older_versions(folder / "tokenizer_config.json", tokenizer)
+    _for_older_versions(folder, tokenizer)
 
 
-def _for_older_versions(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """What transformers 5 leaves unsaid, for 4: the fast tokenizers' name there, and the tensors that it makes."""
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if config.get("tokenizer_class") == "TokenizersBackend":
+def _for_older_versions(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What transformers 5 writes in a new way or leaves unsaid, as 4 reads it; 5 reads both.
+
+    The fast tokenizers' name and the tensors that they make; the base of rotary positions, without which 4 would take
+    its default and compute something else.
+    """
+    file = folder / "tokenizer_config.json"
+    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
         named = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_input_names": list(tokenizer.model_input_names),
         }
-        write_json_atomic(file, {**config, **named})
+        write_json_atomic(file, {**settings, **named})
+    file = folder / "config.json"
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    rope = dict(config.get("rope_parameters") or {})
+    if "rope_theta" in rope:
+        added = {"rope_theta": rope.pop("rope_theta")}
+        if rope.get("rope_type", "default") != "default":
+            added["rope_scaling"] = rope
+        write_json_atomic(file, {**config, **added})
 
 
 def parameter_counts(model: torch.nn.Module) -> dict[str, int]:

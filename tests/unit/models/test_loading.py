@@ -159,6 +159,30 @@ class TestRoundTrip:
         assert config["model_input_names"] == ["input_ids", "attention_mask"]
         assert AutoTokenizer.from_pretrained(saved).get_vocab() == byte_tokenizer().get_vocab()
 
+    @pytest.mark.parametrize("kind", ["default", "llama3"])
+    def test_older_versions_read_the_rotary_positions(self, tmp_path: Path, kind: str) -> None:
+        """transformers 4 reads rope_theta and rope_scaling; 5 finds what it wrote, beside them."""
+        of_llama3 = {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        }
+        rope = {"rope_type": kind, "rope_theta": 500.0, **(of_llama3 if kind == "llama3" else {})}
+        sizes = {"vocab_size": len(byte_tokenizer()), "hidden_size": 16, "intermediate_size": 32}
+        config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, rope_parameters=rope)
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).eval()
+        save_model(model, byte_tokenizer(), tmp_path)
+        written = json.loads((tmp_path / "config.json").read_text())
+        assert written["rope_theta"] == 500.0
+        assert written.get("rope_scaling") == ({"rope_type": kind, **of_llama3} if kind == "llama3" else None)
+        loaded = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+        assert loaded.config.rope_parameters == model.config.rope_parameters
+        ids = torch.arange(3, 23)[None]
+        with torch.no_grad():
+            assert torch.equal(loaded(ids).logits, model(ids).logits)
+
     def test_half_precision_weights_become_float32(self, tmp_path: Path) -> None:
         save_model(tiny_lm().to(torch.bfloat16), byte_tokenizer(), tmp_path)
         assert next(iter(load_file(tmp_path / "model.safetensors").values())).dtype == torch.bfloat16
