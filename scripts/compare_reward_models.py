@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import multiprocessing
+import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import spearmanr
-from study import cell, quiet, reviews_of, rlhf_here, table
+from study import cell, end_with_parent, quiet, reviews_of, rlhf_here, table
 
 from rlhf_cli.data.dataset import GoldReward
 from rlhf_cli.data.swaps import with_swaps
@@ -127,7 +128,8 @@ def run_all(units: Sequence[Unit], jobs: int) -> list[dict[str, Figures]]:
     if jobs == 1:
         return [run_unit(unit) for unit in units]
     began = time.perf_counter()
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn, initializer=end_with_parent, initargs=(os.getpid(),)) as pool:
         futures = [pool.submit(run_unit, unit) for unit in units]
         try:
             for count, done in enumerate(as_completed(futures), start=1):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
@@ -71,6 +74,17 @@ def run_all(commands: Sequence[Command], jobs: int) -> None:
         except SystemExit:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def end_with_parent(parent: int) -> None:
+    """This process ends when its parent has, however that ended; what it was at goes on when the study is run again."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def overrides_apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
