@@ -22,11 +22,13 @@ RECORDS = Path(__file__).parent / "golden.json"
 TOLERANCE = 2e-3
 STEPS = 4
 NUM_ROWS = {"policy-warp": 2 * 2 * 3}
-KEYS = ("loss", "grad_norm", "reward/mean", "kl/k1", "rm/accuracy", "value/loss", "eval/loss", "eval/reward/mean")
+KEYS = ("loss", "grad_norm", "reward/mean", "kl/k1", "rm/accuracy", "rm/margin", "value/loss", "eval/loss", "eval/reward/mean")
 
 RUNS = {
     "sft": ("train-sft", []),
     "rm-scalar": ("train-rm", [f"rm.train.steps={STEPS}"]),
+    "rm-distributional": ("train-rm", [f"rm.train.steps={STEPS}", "rm=distributional", "rm.entropy_bonus=0.1"]),
+    "rm-strict": ("train-rm", [f"rm.train.steps={STEPS}", "rm=distributional", "rm.loss=strict"]),
     **{f"policy-{algo}": ("train-policy", [f"algo={algo}"]) for algo in group_choices("algo")},
     # 2 iterations of 2 members; from the second step of one on its KL is to an anchor that has moved
     "policy-warp": ("train-policy", ["algo=warp", "algo.train.steps=3", "algo.mu=0.3"]),
