@@ -102,12 +102,12 @@ class Judge:
 
     model: LanguageModel
     micro_batch_size: int
-    micro_batch_tokens: int | None = None
     tokenizer: PreTrainedTokenizerBase | None = (
         None  # None: that of the policy, whose tokens are taken as they are
     )
     max_prompt_tokens: int = 0  # read with another tokenizer alone
     max_completion_tokens: int = 0
+    micro_batch_tokens: int | None = None
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """`mean_logprobs` of a rollout's completions."""

@@ -157,16 +157,16 @@ def _terms(
 def _coherence(job: Job, judge: Artifact | None, loaded: SftModel | None) -> Term:
     """Under the SFT model, or under another model, which reads the texts with its own tokenizer."""
     train, data = job.config.algo.train, job.data
-    limits = train.rows_of_pass, train.micro_batch_tokens
+    rows, tokens = train.rows_of_pass, train.micro_batch_tokens
     if judge is None:
         assert loaded is not None
-        one = Judge(loaded.model, *limits)
+        one = Judge(loaded.model, rows, micro_batch_tokens=tokens)
     else:
         key = "reward.coherence.path"
         model, tokenizer = load_causal_lm(key, judge.path, job.precision.device)
         data.check_tokenizer(key, tokenizer)
         build.check_context(job.config, key, model)
-        one = Judge(model, *limits, tokenizer, data.max_prompt_tokens, data.max_completion_tokens)
+        one = Judge(model, rows, tokenizer, data.max_prompt_tokens, data.max_completion_tokens, tokens)
 
     def judged(rollout: Rollout) -> Tensor:
         with job.precision.autocast():

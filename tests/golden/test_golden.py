@@ -22,7 +22,17 @@ RECORDS = Path(__file__).parent / "golden.json"
 TOLERANCE = 2e-3
 STEPS = 4
 NUM_ROWS = {"policy-warp": 2 * 2 * 3}
-KEYS = ("loss", "grad_norm", "reward/mean", "kl/k1", "rm/accuracy", "rm/margin", "value/loss", "eval/loss", "eval/reward/mean")
+KEYS = (
+    "loss",
+    "grad_norm",
+    "reward/mean",
+    "kl/k1",
+    "rm/accuracy",
+    "rm/margin",
+    "value/loss",
+    "eval/loss",
+    "eval/reward/mean",
+)
 
 RUNS = {
     "sft": ("train-sft", []),
