@@ -149,12 +149,9 @@ def check_scale(mean: float, std: float) -> None:
 
 
 def has_format(path: str) -> bool:
-    """Whether the folder, of a reward model or an ensemble, says how it is read out."""
-    return any(
-        CONFIG_KEY in json.loads(file.read_text(encoding="utf-8"))
-        for file in (Path(path) / name for name in ("config.json", INDEX_FILE))
-        if file.is_file()
-    )
+    """Whether the folder, of a reward model or an ensemble, says how it is read out; it is not parsed here."""
+    files = (Path(path) / name for name in ("config.json", INDEX_FILE))
+    return any(f'"{CONFIG_KEY}"'.encode() in file.read_bytes() for file in files if file.is_file())
 
 
 def read_format(key: str, path: str, stored: Mapping[str, Any]) -> RewardFormat:

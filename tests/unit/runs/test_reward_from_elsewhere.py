@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +56,18 @@ def test_one_with_other_outputs_is_refused(folder: Path, tmp_path: Path) -> None
     save_model(several.model, several.tokenizer, tmp_path / "two")
     with pytest.raises(RequestError, match=r"two: has 2 labels and no rlhf_reward in config\.json$"):
         load_scorer("rm.path", str(tmp_path / "two"), CPU, build.scalar_format(run_config(tmp_path)))
+
+
+def test_a_damaged_config_is_told_of_by_the_loading(folder: Path, tmp_path: Path) -> None:
+    config = run_config(tmp_path)
+    config.rm.path = str(tmp_path / "damaged")
+    shutil.copytree(folder / "rm", tmp_path / "damaged")
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    said: list[str] = []
+    rm = resolve_rm(make_job(config), lambda: pytest.fail("the SFT model is not asked for"), said.append)
+    assert said == [f"rm: using {config.rm.path} (rm.path is set)"]
+    with pytest.raises(RequestError, match=r"^rm\.path="):
+        load_scorer("rm.path", rm.path, CPU, build.scalar_format(config))
 
 
 def test_eval_measures_it_and_a_policy_learns_from_it(folder: Path, tmp_path: Path) -> None:
