@@ -17,7 +17,7 @@ from rlhf_cli.algos.base import BaselineState, OnlineAlgorithm
 from rlhf_cli.data.dataset import GoldReward
 from rlhf_cli.data.tokenise import prompt_batch
 from rlhf_cli.models.adapters import Adapter, save_trained
-from rlhf_cli.models.causal import LanguageModel, token_logprobs
+from rlhf_cli.models.causal import LanguageModel, frozen_logprobs, parts_of
 from rlhf_cli.models.critic import ActorCritic, Critic, policy_outputs
 from rlhf_cli.models.recompute import recomputing
 from rlhf_cli.ops.gae import token_rewards
@@ -32,7 +32,6 @@ from rlhf_cli.train.anchor import EmaAnchor
 from rlhf_cli.train.distributed import ALONE, World
 from rlhf_cli.train.loop import Evaluation, StepBatch, Task
 from rlhf_cli.train.measuring import HeldOut, length_metrics, lengths, means, measure, of_all, parts_of_reward
-from rlhf_cli.train.micro_batches import micro_batches
 from rlhf_cli.train.precision import Precision
 from rlhf_cli.train.reward_noise import RewardNoise
 from rlhf_cli.train.run_folder import plain_prompt
@@ -372,13 +371,12 @@ class PolicyTask(Task):
 
     def _logprobs_under(self, model: LanguageModel, sequences: Sequences) -> TokenLogprobs:
         """In the same parts as the policy's: where both are one model, they agree to the bit."""
-        temperature = self.sampling.temperature
-        parts = [sequences[part] for part in self._parts(sequences)]
-        return joined([token_logprobs(model, part, temperature, with_entropy=False) for part in parts])
+        limits = self.settings.rows_of_pass, self.settings.micro_batch_tokens
+        return frozen_logprobs(model, sequences, self.sampling.temperature, *limits)
 
     def _parts(self, sequences: Sequences) -> list[slice]:
         """The micro-batches of an optimizer batch."""
-        return micro_batches(sequences.attention_mask.sum(-1).tolist(), self.settings)
+        return parts_of(sequences, self.settings.rows_of_pass, self.settings.micro_batch_tokens)
 
     def _tokens_of_all(self, grids: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Figures of tokens, float32 [n, L-1] of this process' rows, to those of all; the longest row says how wide."""
