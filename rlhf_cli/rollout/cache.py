@@ -48,7 +48,6 @@ class RowGroup:
             real: bool [C, W], True = a token of the prompt, padding on the left.
         """
         width = real.shape[1]
-        self._masks.clear()
         self.rows.copy_(rows)
         self.positions.copy_(positions)
         self.active.fill_(True)
@@ -74,7 +73,8 @@ class RowGroup:
 
     def open_column(self) -> None:
         """From now on the newest token's column is seen."""
-        self._masks.clear()  # a step that could not be captured has left some that were never computed
+        # Those of the step before; one that could not be captured has left some that were never computed
+        self._masks.clear()
         self.hidden.index_fill_(1, self.column, False)
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -130,7 +130,6 @@ class RowGroup:
         """Moves on to the next column."""
         self.positions.add_(1)
         self.column.add_(1)
-        self._masks.clear()
 
     def _mask(self, window: int | None, num_key_heads: int, keys: Tensor) -> Tensor:
         """[n, key heads, 1, columns seen]: -inf where a row does not look, 0 elsewhere; made once a step."""

@@ -59,14 +59,14 @@ class Decoding:
         head: Head,
         shape: DecodingShape,
         tuning: Tuning,
-        capturing: Capturing | None = None,
+        capturing: Capturing,
     ) -> None:
         """Where an argument does not say it.
 
         Args:
             model: that `takes_layouts`.
             head: its logits, of hidden states; nothing that follows it is left out.
-            capturing: whether steps are captured, shared by all that decode with one model; None = never.
+            capturing: whether steps are captured, shared by all that decode with one model.
         """
         device = model.device
         num_rows = sum(rows for rows, _ in shape.groups)
@@ -74,7 +74,7 @@ class Decoding:
         self._head = head
         self._shape = shape
         self._tuning = tuning
-        self._graphs = StepGraphs(Capturing(False) if capturing is None else capturing)
+        self._graphs = StepGraphs(capturing)
         self._groups = [RowGroup(rows, columns, device) for rows, columns in shape.groups]
         self._noise = torch.zeros((num_rows, shape.sampling.max_new_tokens), device=device)
         self._tokens = torch.zeros(

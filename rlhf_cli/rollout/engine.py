@@ -32,7 +32,7 @@ from rlhf_cli.types import PromptBatch, Rollout
 _log = logging.getLogger(__name__)
 
 # Shapes whose cache and graphs are kept on a GPU, and the share of its memory that their caches may take between two
-# rollouts, where a training step needs it; on a CPU, where nothing is captured, none is kept.
+# rollouts, where a training step needs it, and beside a new one; on a CPU, where nothing is captured, none is kept.
 _MAX_KEPT = 8
 _KEPT_SHARE = 0.1
 
@@ -96,6 +96,7 @@ class Engine:
                 found = self._decode(decoder, prompts, k, sampling, noise, stop_ids)
             tokens.extend(found[0])
             logprobs.append(found[1].cpu())
+        self._forget()
         return _rollout(self._model, tokenizer, batch, k, tokens, torch.cat(logprobs), stop_ids)
 
     def _decoder(self) -> PreTrainedModel:
@@ -144,16 +145,16 @@ class Engine:
                 [[prompts[i] for i in group] for group in groups], noise[order]
             )
         back = order.argsort()
-        rows, logprob = tokens.cpu()[back], logprob.cpu()
-        self._forget()
+        rows = tokens.cpu()[back]
         ends = (rows >= 0).sum(-1).tolist()
-        return [row[:end] for row, end in zip(rows.tolist(), ends, strict=True)], logprob.sum(-1)[back]
+        return [row[:end] for row, end in zip(rows.tolist(), ends, strict=True)], logprob.sum(-1).cpu()[back]
 
     def _decoding(self, decoder: PreTrainedModel, shape: DecodingShape) -> Decoding:
         """Memory of this shape: kept from an earlier rollout, or new."""
         if shape in self._kept:
             self._kept.move_to_end(shape)
             return self._kept[shape]
+        self._forget()  # before there is one more, so that two that are large are never there at once
         model, head = self._model, decoder.get_output_embeddings()
         made = Decoding(
             decoder, lambda hidden: tokens_only(model, head(hidden)), shape, self._tuning, self._capturing

@@ -20,8 +20,9 @@ def test_no_step_sees_a_mask_of_one_before() -> None:
         mask = group._mask(None, 1, keys)
         assert mask[:, 0, 0].isinf().tolist() == [[False] * width, [True] + [False] * (width - 1)]
         assert group._mask(None, 1, keys) is mask, "one for all layers"
-        mask.fill_(torch.nan)  # as if it had been captured and never computed: `advance` was not reached either
-        group.column.add_(1)
+        mask.fill_(torch.nan)  # as if it had been captured and never computed
+        group.advance()
     group.begin(torch.arange(2), torch.tensor([2, 1]), real)
+    group.open_column()
     group.num_seen = 4
     assert not group._mask(None, 1, keys).isnan().any()
