@@ -21,6 +21,10 @@ from torch.nn import functional
 _BLOCK = {"cpu": 1 << 20}
 _BLOCK_ELSEWHERE = 1 << 26
 
+# Tokens of a block, at least: every block reads the whole weight, and of a large vocabulary that takes longer than its
+# products do where the block is small.
+_LEAST_ROWS = 128
+
 # Probabilities that are kept for the gradient.
 KEPT = 1 << 26
 
@@ -91,7 +95,8 @@ class _HeadLogprobs(torch.autograd.Function):
             logits = _logits(states[block], matrix, offset, temperature, never)
             peak = logits.amax(dim=-1, keepdim=True)
             chosen = logits.gather(-1, targets[block, None])[:, 0]
-            weight_of = (logits - peak).exp_()
+            # in place, where nobody asks for the logits afterwards
+            weight_of = (logits - peak if with_entropy else logits.sub_(peak)).exp_()
             total = weight_of.sum(-1)
             normaliser[block] = log_normaliser = peak[:, 0] + total.log()
             logprob[block] = chosen - log_normaliser
@@ -100,6 +105,7 @@ class _HeadLogprobs(torch.autograd.Function):
                 entropy[block] = log_normaliser - torch.einsum("cv,cv->c", weight_of, logits) / total
             if kept is not None:
                 kept[block] = weight_of.div_(total[:, None])
+            del logits, weight_of  # or they would be there beside those of the next block
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser, kept, never)
         ctx.temperature, ctx.dtype = temperature, dtype
         ctx.mark_non_differentiable(entropy)
@@ -122,8 +128,8 @@ class _HeadLogprobs(torch.autograd.Function):
         d_bias = torch.zeros_like(bias) if for_bias else None
         for block in _blocks(count, size, hidden.device):
             if kept is None:
-                logits = _logits(states[block], matrix, offset, ctx.temperature, never)
-                d_logits = logits.sub_(normaliser[block, None]).exp_().mul_(-scale[block, None])
+                d_logits = _logits(states[block], matrix, offset, ctx.temperature, never)
+                d_logits.sub_(normaliser[block, None]).exp_().mul_(-scale[block, None])
             else:
                 d_logits = kept[block].float().mul_(-scale[block, None])
             # each row is one token's: no two of them meet in an entry
@@ -136,15 +142,24 @@ class _HeadLogprobs(torch.autograd.Function):
             if d_hidden is not None:
                 d_hidden[block] = d_logits @ matrix
             if d_weight is not None:
-                d_weight += d_logits.T @ states[block]
+                _add_product(d_weight, d_logits.T, states[block])
+            del d_logits
         if for_weight and kept is not None:  # one product for all blocks
             d_weight = (kept.T @ states).to(weight.dtype)
         return (d_hidden, d_weight, d_bias, *nothing)
 
 
 def _blocks(count: int, size: int, device: torch.device) -> list[slice]:
-    rows = max(1, _BLOCK.get(device.type, _BLOCK_ELSEWHERE) // size)
+    rows = max(_LEAST_ROWS, _BLOCK.get(device.type, _BLOCK_ELSEWHERE) // size)
     return [slice(start, start + rows) for start in range(0, count, rows)]
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in the precision of the total; without a tensor of its size where the product has it, too."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def _logits(

@@ -3,20 +3,23 @@
     python scripts/benchmarks/memory.py '{"case": "dpo_step", "side": "ours", ...}'     (started by speed.py)
 
 CPU: resident memory, VmHWM of /proc/self/status after writing 5 to /proc/self/clear_refs, less what the process had
-after its imports. CUDA: what the allocator had given out at most. The first step, which makes the optimizer's state,
-is over before the peak is reset; the second one is measured.
+after its imports. That has what malloc keeps of freed tensors in it; what a further step of ours had allocated at most
+is told, too. CUDA: what the allocator had given out at most. The first step, which makes the optimizer's state, is over
+before the peak is reset; the second one is measured.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +77,20 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
+def allocated_bytes(function: Callable[[], object]) -> int:
+    """What a call allocates on the CPU at most at one time, above what was there; as torch's profiler sees it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(file))
+        events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    return max(itertools.accumulate((num_bytes for _, num_bytes in changes), initial=0))
+
+
 class _Meter:
     """Baseline, then the peak from `reset` on."""
 
@@ -122,6 +139,7 @@ def _measure(question: Question) -> dict[str, Any]:
     meter = _Meter(device.type == "cuda")
     sizes, folder = workload.sizes_from_dict(question.sizes), Path(question.folder)
     live: list[int] = []
+    allocated: int | None = None
     if is_ours:
         with tempfile.TemporaryDirectory() as runs:
             steps = our_side.make_steps(question.case, sizes, Precision(question.precision, device), Path(runs))
@@ -130,6 +148,8 @@ def _measure(question: Question) -> dict[str, Any]:
             next(steps)
             peak = meter.peak()
             live.append(live_bytes())
+            if device.type == "cpu":
+                allocated = live[0] + allocated_bytes(lambda: next(steps))
     else:
         flags = {"default": trl_side.DEFAULT, "equal": trl_side.equal(question.precision)}[question.side]
         found: list[int] = []
@@ -148,6 +168,7 @@ def _measure(question: Question) -> dict[str, Any]:
         "baseline_bytes": meter.baseline,
         "before_step_bytes": meter.before,
         "live_tensor_bytes": live[0],
+        **({} if allocated is None else {"peak_allocated_bytes": allocated}),
     }
 
 

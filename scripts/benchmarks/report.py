@@ -164,6 +164,8 @@ def _memory_table(result: dict[str, Any]) -> str:
             cells = [
                 _mib(found[side]["peak_bytes"]) if side in found else "" for side in ("ours", "equal", "default")
             ]
+            if "peak_allocated_bytes" in found["ours"]:  # on a GPU the peaks are these
+                cells[0] += f" ({_mib(found['ours']['peak_allocated_bytes'])} allocated)"
             rows.append([name + large, *cells, _mib(found["limit_bytes"]) if "limit_bytes" in found else ""])
     head = ["peak of a step, MiB", "ours", "TRL, equal", "TRL, default", "1.2 x resident + a chunk"]
     return _table(head, rows) if rows else ""

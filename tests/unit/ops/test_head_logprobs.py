@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -41,6 +44,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(module, "KEPT", 0)
     if "blocks" in request.param:
         monkeypatch.setattr(module, "_BLOCK", {"cpu": 4 * V})
+        monkeypatch.setattr(module, "_LEAST_ROWS", 1)
 
 
 @pytest.mark.usefixtures("way")
@@ -72,6 +76,7 @@ def test_what_is_frozen_has_no_gradient_and_costs_none() -> None:
     with torch.no_grad():
         logprob, entropy = head_logprobs(hidden, weight, offset, targets, with_entropy=False)
     assert entropy is None and not logprob.requires_grad
+    torch.testing.assert_close(logprob, plain(hidden.detach(), weight, offset, targets, 1.0, None)[0])
 
 
 @pytest.mark.usefixtures("way")
@@ -120,3 +125,33 @@ def test_a_backward_pass_can_be_asked_for_once() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_vocabulary_takes_one_block_and_one_gradient_beside_the_weight(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "scripts" / "benchmarks"))
+    allocated_bytes = importlib.import_module("memory").allocated_bytes
+    monkeypatch.setattr(module, "KEPT", 0)
+    count, size, width = 300, 20_000, 64
+    weight = torch.randn(size, width).requires_grad_()
+    hidden, targets = torch.randn(count, width), torch.randint(size, (count,))
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+            head_logprobs(hidden, weight, None, targets, with_entropy=False)[0].sum().backward()
+
+    step()
+    weight.grad = None
+    block = 4 * module._LEAST_ROWS * size
+    matrix = 4 * size * width
+    # In bf16: logits and d_logits in that precision as well, the weight's copy, and the product before it is added
+    lower = 0 if dtype is torch.float32 else block // 2 + matrix
+    assert matrix + block < allocated_bytes(step) < 1.05 * (matrix + block + lower)
+
+
+@pytest.mark.parametrize(("size", "rows"), [(1 << 20, 128), (50_257, 128), (8_192, 128), (2_048, 512)])
+def test_a_block_is_never_so_small_that_reading_the_weight_is_most_of_it(size: int, rows: int) -> None:
+    first = module._blocks(10_000, size, torch.device("cpu"))[0]
+    assert first == slice(0, rows)
