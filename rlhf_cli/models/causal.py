@@ -24,6 +24,7 @@ from rlhf_cli.ops.head_logprobs import head_logprobs
 from rlhf_cli.ops.kl import full_kl, token_kl
 from rlhf_cli.ops.logprobs import TokenLogprobs, completion_logprobs, joined, on_grid, predicted, row_logprobs
 from rlhf_cli.ops.masks import masked_sum
+from rlhf_cli.ops.output_layer import output_logits
 from rlhf_cli.types import Sequences
 
 # Logits of both models that a KL is computed from at a time.
@@ -86,6 +87,11 @@ def token_logprobs(
             states = completion_states(inner, sequences)
             return logprobs_of_states(inner, states, sequences, temperature, with_entropy)
     return completion_logprobs(sequence_logits(model, sequences), sequences, temperature, with_entropy)
+
+
+def head_logits(head: nn.Module, states: Tensor) -> Tensor:
+    """Logits [N, V] of hidden states [N, H]."""
+    return output_logits(states, head.weight, head.bias) if type(head) is nn.Linear else head(states)
 
 
 def logprobs_of_states(
@@ -179,4 +185,4 @@ def _full_kls(policy: LanguageModel, reference: LanguageModel, sequences: Sequen
 
 
 def _head_logits(model: PreTrainedModel, states: Tensor) -> Tensor:
-    return tokens_only(model, model.get_output_embeddings()(states))
+    return tokens_only(model, head_logits(model.get_output_embeddings(), states))

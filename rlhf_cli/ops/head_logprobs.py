@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from rlhf_cli.ops.output_layer import output_logits
 
 # Logits of a block: 4 MiB in float32 on a CPU, where they should stay in the cache; enough work for a GPU otherwise.
 _BLOCK = {"cpu": 1 << 20}
@@ -88,9 +89,7 @@ class _HeadLogprobs(torch.autograd.Function):
         normaliser = torch.empty(count, device=hidden.device)
         entropy = torch.zeros(count if with_entropy else 0, device=hidden.device)
         has_gradient = any(ctx.needs_input_grad[:3])
-        kept = None
-        if has_gradient and count * size <= KEPT:
-            kept = torch.empty((count, size), dtype=dtype, device=hidden.device)
+        kept: list[Tensor] | None = [] if has_gradient and count * size <= KEPT else None
         for block in _blocks(count, size, hidden.device):
             logits = _logits(states[block], matrix, offset, temperature, never)
             peak = logits.amax(dim=-1, keepdim=True)
@@ -102,12 +101,12 @@ class _HeadLogprobs(torch.autograd.Function):
             logprob[block] = chosen - log_normaliser
             if with_entropy:
                 # H = log Z - E[logit]; needs no tensor of log-probabilities
-                entropy[block] = log_normaliser - torch.einsum("cv,cv->c", weight_of, logits) / total
+                entropy[block] = log_normaliser - logits.mul_(weight_of).sum(-1) / total
             if kept is not None:
-                kept[block] = weight_of.div_(total[:, None])
+                kept.append(weight_of.div_(total[:, None]).to(dtype))
             del logits, weight_of  # or they would be there beside those of the next block
-        ctx.save_for_backward(hidden, weight, bias, targets, normaliser, kept, never)
-        ctx.temperature, ctx.dtype = temperature, dtype
+        ctx.save_for_backward(hidden, weight, bias, targets, normaliser, never, *(kept or ()))
+        ctx.temperature, ctx.dtype, ctx.is_kept = temperature, dtype, kept is not None
         ctx.mark_non_differentiable(entropy)
         ctx.set_materialize_grads(False)
         return logprob, entropy
@@ -117,35 +116,32 @@ class _HeadLogprobs(torch.autograd.Function):
         nothing = (None,) * 5
         if gradient is None:
             return (None, None, None, *nothing)
-        hidden, weight, bias, targets, normaliser, kept, never = ctx.saved_tensors
+        hidden, weight, bias, targets, normaliser, never, *kept = ctx.saved_tensors
         count, size, dtype = len(hidden), len(weight), ctx.dtype
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
         states, matrix = hidden.to(dtype), weight.to(dtype)
         offset = None if bias is None else bias.to(dtype)
         scale = gradient / ctx.temperature
         d_hidden = torch.empty_like(hidden) if for_hidden else None
-        d_weight = torch.zeros_like(weight) if for_weight and kept is None else None
+        d_weight = torch.zeros_like(weight) if for_weight else None
         d_bias = torch.zeros_like(bias) if for_bias else None
-        for block in _blocks(count, size, hidden.device):
-            if kept is None:
-                d_logits = _logits(states[block], matrix, offset, ctx.temperature, never)
-                d_logits.sub_(normaliser[block, None]).exp_().mul_(-scale[block, None])
+        for number, block in enumerate(_blocks(count, size, hidden.device)):
+            if ctx.is_kept:  # in float32 it is these very numbers, in place
+                d_logits = kept[number].float()
             else:
-                d_logits = kept[block].float().mul_(-scale[block, None])
+                d_logits = _logits(states[block], matrix, offset, ctx.temperature, never)
+                d_logits.sub_(normaliser[block, None]).exp_()
+            d_logits.mul_(-scale[block, None])
             # each row is one token's: no two of them meet in an entry
             d_logits.scatter_add_(-1, targets[block, None], scale[block, None])
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
             d_logits = d_logits.to(dtype)
-            if kept is not None and dtype is not torch.float32:  # in float32 it is these very numbers, in place
-                kept[block] = d_logits
             if d_hidden is not None:
                 d_hidden[block] = d_logits @ matrix
             if d_weight is not None:
                 _add_product(d_weight, d_logits.T, states[block])
             del d_logits
-        if for_weight and kept is not None:  # one product for all blocks
-            d_weight = (kept.T @ states).to(weight.dtype)
         return (d_hidden, d_weight, d_bias, *nothing)
 
 
@@ -166,7 +162,7 @@ def _logits(
     states: Tensor, matrix: Tensor, offset: Tensor | None, temperature: float, never: Tensor | None
 ) -> Tensor:
     """Float32 [c, V], divided by the temperature."""
-    logits = functional.linear(states, matrix, offset).float()
+    logits = output_logits(states, matrix, offset).float()
     if never is not None:
         logits.index_fill_(-1, never, NEVER)
-    return logits if temperature == 1.0 else logits / temperature
+    return logits if temperature == 1.0 else logits.div_(temperature)

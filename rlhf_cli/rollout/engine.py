@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_cli.data.tokenise import collate
 from rlhf_cli.errors import bad_value
 from rlhf_cli.models.attention import takes_layouts
+from rlhf_cli.models.causal import head_logits
 from rlhf_cli.models.inference_copy import InferenceCopy, is_adapted
 from rlhf_cli.models.loading import eos_ids
 from rlhf_cli.models.packing import key_behind_the_head
@@ -157,7 +158,7 @@ class Engine:
         self._forget()  # before there is one more, so that two that are large are never there at once
         model, head = self._model, decoder.get_output_embeddings()
         made = Decoding(
-            decoder, lambda hidden: tokens_only(model, head(hidden)), shape, self._tuning, self._capturing
+            decoder, lambda hidden: tokens_only(model, head_logits(head, hidden)), shape, self._tuning, self._capturing
         )
         if self._capturing.enabled:
             self._kept[shape] = made
