@@ -158,7 +158,11 @@ class Engine:
         self._forget()  # before there is one more, so that two that are large are never there at once
         model, head = self._model, decoder.get_output_embeddings()
         made = Decoding(
-            decoder, lambda hidden: tokens_only(model, head_logits(head, hidden)), shape, self._tuning, self._capturing
+            decoder,
+            lambda hidden: tokens_only(model, head_logits(head, hidden)),
+            shape,
+            self._tuning,
+            self._capturing,
         )
         if self._capturing.enabled:
             self._kept[shape] = made
